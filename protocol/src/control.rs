@@ -1,0 +1,382 @@
+//! Control channel: Protocol Buffers, one message in each binary WebSocket message, on a TLS
+//! connection with ALPN [`crate::ALPN_CONTROL`] and the device's certificate.
+//!
+//! Unknown fields and unknown messages are ignored, so that a device two years old still talks to a
+//! new mediator. Ids are 16 bytes, keys 32, times seconds since 1970-01-01 UTC.
+
+use prost::{Message, Oneof};
+
+/// Largest control message, in bytes.
+pub const MAX_MESSAGE: usize = 1024 * 1024;
+
+/// From a device to the mediator.
+#[derive(Clone, PartialEq, Message)]
+pub struct ToMediator {
+    /// The message.
+    #[prost(oneof = "Up", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+    pub message: Option<Up>,
+}
+
+/// Messages from a device.
+#[derive(Clone, PartialEq, Oneof)]
+pub enum Up {
+    /// First message on every channel.
+    #[prost(message, tag = "1")]
+    Hello(Hello),
+    /// A technician asks which agents it may reach.
+    #[prost(message, tag = "2")]
+    List(List),
+    /// A technician asks for a session.
+    #[prost(message, tag = "3")]
+    Open(Open),
+    /// An agent says whether it takes the session offered.
+    #[prost(message, tag = "4")]
+    Answer(Answer),
+    /// Candidates for the other end of a session.
+    #[prost(message, tag = "5")]
+    Candidates(Candidates),
+    /// A session has ended at this end.
+    #[prost(message, tag = "6")]
+    Closed(Closed),
+    /// This end's ticket for a relay was spent, or is void: a new pair is wanted.
+    #[prost(message, tag = "7")]
+    Renew(Renew),
+    /// A relay says where it is. Sent after `Hello`.
+    #[prost(message, tag = "8")]
+    RelayUp(RelayUp),
+}
+
+/// From the mediator to a device.
+#[derive(Clone, PartialEq, Message)]
+pub struct ToDevice {
+    /// The message.
+    #[prost(oneof = "Down", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+    pub message: Option<Down>,
+}
+
+/// Messages from the mediator.
+#[derive(Clone, PartialEq, Oneof)]
+pub enum Down {
+    /// First message on every channel.
+    #[prost(message, tag = "1")]
+    Welcome(Welcome),
+    /// Answer to `List`.
+    #[prost(message, tag = "2")]
+    Agents(Agents),
+    /// Answer to `Open`: granted.
+    #[prost(message, tag = "3")]
+    Granted(Grant),
+    /// To an agent: a technician was granted a session with it.
+    #[prost(message, tag = "4")]
+    Offer(Grant),
+    /// Answer to `Open` or `List`: refused.
+    #[prost(message, tag = "5")]
+    Refused(Refused),
+    /// Candidates of the other end of a session.
+    #[prost(message, tag = "6")]
+    Candidates(Candidates),
+    /// The session is over (ended by the other end, revoked, or refused by the agent).
+    #[prost(message, tag = "7")]
+    Closed(Closed),
+    /// Fresh tickets for a session; they replace those held for the same relays.
+    #[prost(message, tag = "8")]
+    Tickets(Tickets),
+}
+
+/// Version and software of a device.
+#[derive(Clone, PartialEq, Message)]
+pub struct Hello {
+    /// [`crate::PROTOCOL_VERSION`].
+    #[prost(uint32, tag = "1")]
+    pub protocol_version: u32,
+    /// For people, for example `adit 0.1.0`.
+    #[prost(string, tag = "2")]
+    pub software: String,
+    /// Sessions that live at this end, so that a restarted mediator knows them and can renew tickets.
+    #[prost(message, repeated, tag = "3")]
+    pub sessions: Vec<LiveSession>,
+}
+
+/// A session that outlived the mediator or the channel.
+#[derive(Clone, PartialEq, Message)]
+pub struct LiveSession {
+    /// Session id.
+    #[prost(bytes = "vec", tag = "1")]
+    pub session: Vec<u8>,
+    /// Device id of the other end.
+    #[prost(bytes = "vec", tag = "2")]
+    pub peer: Vec<u8>,
+}
+
+/// What the mediator says first.
+#[derive(Clone, PartialEq, Message)]
+pub struct Welcome {
+    /// [`crate::PROTOCOL_VERSION`] of the mediator.
+    #[prost(uint32, tag = "1")]
+    pub protocol_version: u32,
+    /// Version of the mediator, for people.
+    #[prost(string, tag = "2")]
+    pub software: String,
+    /// Name of this device.
+    #[prost(string, tag = "3")]
+    pub name: String,
+    /// STUN and handshake servers, `HOST:PORT` (UDP) each.
+    #[prost(string, repeated, tag = "4")]
+    pub stun: Vec<String>,
+    /// Ports for the direct path, `FIRST-LAST`.
+    #[prost(string, tag = "5")]
+    pub p2p_ports: String,
+    /// Relays only: the key that signs tickets.
+    #[prost(bytes = "vec", tag = "6")]
+    pub ticket_key: Vec<u8>,
+}
+
+/// See [`Up::List`].
+#[derive(Clone, PartialEq, Message)]
+pub struct List {
+    /// Comes back in the answer.
+    #[prost(uint64, tag = "1")]
+    pub request: u64,
+}
+
+/// See [`Down::Agents`].
+#[derive(Clone, PartialEq, Message)]
+pub struct Agents {
+    /// From the request.
+    #[prost(uint64, tag = "1")]
+    pub request: u64,
+    /// Sorted by name.
+    #[prost(message, repeated, tag = "2")]
+    pub agents: Vec<AgentInfo>,
+}
+
+/// One agent that the asking technician may reach.
+#[derive(Clone, PartialEq, Message)]
+pub struct AgentInfo {
+    /// Device id.
+    #[prost(bytes = "vec", tag = "1")]
+    pub device: Vec<u8>,
+    /// Its name.
+    #[prost(string, tag = "2")]
+    pub name: String,
+    /// `key=value` each.
+    #[prost(string, repeated, tag = "3")]
+    pub tags: Vec<String>,
+    /// Whether it has a control channel now.
+    #[prost(bool, tag = "4")]
+    pub online: bool,
+    /// When it was last seen; 0: never.
+    #[prost(uint64, tag = "5")]
+    pub last_seen: u64,
+    /// Version of its software, as it said itself.
+    #[prost(string, tag = "6")]
+    pub software: String,
+}
+
+/// See [`Up::Open`].
+#[derive(Clone, PartialEq, Message)]
+pub struct Open {
+    /// Comes back in the answer.
+    #[prost(uint64, tag = "1")]
+    pub request: u64,
+    /// Name or device id of the agent.
+    #[prost(string, tag = "2")]
+    pub agent: String,
+    /// What the technician says it wants, for the audit: `HOST:PORT[/udp]` each. The agent's allow
+    /// list decides, on every stream.
+    #[prost(string, repeated, tag = "3")]
+    pub targets: Vec<String>,
+}
+
+/// What one end needs for a session. Both ends get theirs at once.
+#[derive(Clone, PartialEq, Message)]
+pub struct Grant {
+    /// From the request; 0 in an offer.
+    #[prost(uint64, tag = "1")]
+    pub request: u64,
+    /// Session id.
+    #[prost(bytes = "vec", tag = "2")]
+    pub session: Vec<u8>,
+    /// Device id of the other end.
+    #[prost(bytes = "vec", tag = "3")]
+    pub peer: Vec<u8>,
+    /// Name of the other end.
+    #[prost(string, tag = "4")]
+    pub peer_name: String,
+    /// Ed25519 public key of the other end, as the mediator knows it. The peer's certificate decides.
+    #[prost(bytes = "vec", tag = "5")]
+    pub peer_key: Vec<u8>,
+    /// ICE credentials of this end and of the other (RFC 8445 section 5.3).
+    #[prost(message, optional, tag = "6")]
+    pub local_ice: Option<IceCredentials>,
+    /// See `local_ice`.
+    #[prost(message, optional, tag = "7")]
+    pub remote_ice: Option<IceCredentials>,
+    /// A ticket for each granted relay.
+    #[prost(message, repeated, tag = "8")]
+    pub relays: Vec<RelayTicket>,
+    /// When the session must end; 0: no end.
+    #[prost(uint64, tag = "9")]
+    pub expires: u64,
+    /// In an offer: what the technician says it wants.
+    #[prost(string, repeated, tag = "10")]
+    pub targets: Vec<String>,
+}
+
+/// Username fragment and password of one ICE agent.
+#[derive(Clone, PartialEq, Message)]
+pub struct IceCredentials {
+    /// 8 characters.
+    #[prost(string, tag = "1")]
+    pub ufrag: String,
+    /// 24 characters.
+    #[prost(string, tag = "2")]
+    pub password: String,
+}
+
+/// A ticket and where to show it.
+#[derive(Clone, PartialEq, Message)]
+pub struct RelayTicket {
+    /// Device id of the relay.
+    #[prost(bytes = "vec", tag = "1")]
+    pub relay: Vec<u8>,
+    /// `HOST:PORT` (TCP) each, tried in turn.
+    #[prost(string, repeated, tag = "2")]
+    pub addresses: Vec<String>,
+    /// Signed text of the ticket ([`crate::ticket`]).
+    #[prost(string, tag = "3")]
+    pub ticket: String,
+}
+
+/// See [`Up::Answer`].
+#[derive(Clone, PartialEq, Message)]
+pub struct Answer {
+    /// Session id.
+    #[prost(bytes = "vec", tag = "1")]
+    pub session: Vec<u8>,
+    /// Whether the agent takes it.
+    #[prost(bool, tag = "2")]
+    pub accepted: bool,
+    /// Why not, for people.
+    #[prost(string, tag = "3")]
+    pub reason: String,
+}
+
+/// Candidates of one end, passed to the other unchanged.
+#[derive(Clone, PartialEq, Message)]
+pub struct Candidates {
+    /// Session id.
+    #[prost(bytes = "vec", tag = "1")]
+    pub session: Vec<u8>,
+    /// Encoded by the path engine; opaque to the mediator. Empty when only `seen` is told.
+    #[prost(bytes = "vec", tag = "2")]
+    pub candidates: Vec<u8>,
+    /// Added by the mediator: the address (`IP:PORT`) from which the handshake on 8002/udp came.
+    #[prost(string, tag = "3")]
+    pub seen: String,
+}
+
+/// See [`Up::Closed`] and [`Down::Closed`].
+#[derive(Clone, PartialEq, Message)]
+pub struct Closed {
+    /// Session id.
+    #[prost(bytes = "vec", tag = "1")]
+    pub session: Vec<u8>,
+    /// For people.
+    #[prost(string, tag = "2")]
+    pub reason: String,
+    /// Payload bytes sent and received by this end.
+    #[prost(uint64, tag = "3")]
+    pub bytes_sent: u64,
+    /// See `bytes_sent`.
+    #[prost(uint64, tag = "4")]
+    pub bytes_received: u64,
+}
+
+/// See [`Up::Renew`].
+#[derive(Clone, PartialEq, Message)]
+pub struct Renew {
+    /// Session id.
+    #[prost(bytes = "vec", tag = "1")]
+    pub session: Vec<u8>,
+}
+
+/// See [`Down::Tickets`].
+#[derive(Clone, PartialEq, Message)]
+pub struct Tickets {
+    /// Session id.
+    #[prost(bytes = "vec", tag = "1")]
+    pub session: Vec<u8>,
+    /// One for each granted relay.
+    #[prost(message, repeated, tag = "2")]
+    pub relays: Vec<RelayTicket>,
+}
+
+/// See [`Up::RelayUp`].
+#[derive(Clone, PartialEq, Message)]
+pub struct RelayUp {
+    /// Chosen at random when the relay process starts.
+    #[prost(uint64, tag = "1")]
+    pub epoch: u64,
+    /// `HOST:PORT` (TCP) each, as clients reach it.
+    #[prost(string, repeated, tag = "2")]
+    pub addresses: Vec<String>,
+    /// `HOST:PORT` (UDP) of its STUN server; empty: none.
+    #[prost(string, tag = "3")]
+    pub stun: String,
+}
+
+/// Why a request was not granted.
+#[derive(Clone, PartialEq, Message)]
+pub struct Refused {
+    /// From the request.
+    #[prost(uint64, tag = "1")]
+    pub request: u64,
+    /// What kind of refusal, for exit codes.
+    #[prost(enumeration = "RefusedCode", tag = "2")]
+    pub code: i32,
+    /// One line with the remedy, for people.
+    #[prost(string, tag = "3")]
+    pub message: String,
+}
+
+/// Kinds of refusal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum RefusedCode {
+    /// Not otherwise named.
+    Unspecified = 0,
+    /// No agent of that name among those that this technician may reach.
+    UnknownAgent = 1,
+    /// The agent has no control channel now.
+    AgentOffline = 2,
+    /// The agent said no.
+    AgentRefused = 3,
+    /// This device may not do that.
+    NotPermitted = 4,
+    /// No relay is there.
+    NoRelay = 5,
+    /// The mediator cannot write its audit record or database.
+    Unavailable = 6,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_locked() {
+        let message = ToMediator {
+            message: Some(Up::Open(Open { request: 7, agent: "desk".into(), targets: vec!["[::1]:22".into()] })),
+        };
+        // 1a len: Open · 08 07: request 7 · 12 04 "desk" · 1a 08 "[::1]:22"
+        assert_eq!(message.encode_to_vec(), b"\x1a\x12\x08\x07\x12\x04desk\x1a\x08[::1]:22");
+    }
+
+    #[test]
+    fn a_newer_peers_message_is_no_error() {
+        // field 500, length-delimited, of a later version
+        let bytes = [0xa2, 0x1f, 0x01, 0x00];
+        assert_eq!(ToDevice::decode(&bytes[..]).map(|m| m.message), Ok(None));
+    }
+}
