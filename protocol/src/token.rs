@@ -88,7 +88,7 @@ mod tests {
         let text = sample().to_string();
         assert_eq!(
             text,
-            "adit1.ERERERERERERERERERERERERERERERERERERERERERERIiIiIiIiIiIiIiIiIiIiImFkaXQuZXhhbXBsZS5vcmc6NDQzLFsyMDAxOmRiODo6MV06NDQz"
+            "adit1.EREREREREREREREREREREREREREREREREREREREREREiIiIiIiIiIiIiIiIiIiIiYWRpdC5leGFtcGxlLm9yZzo0NDMsWzIwMDE6ZGI4OjoxXTo0NDM"
         );
         assert_eq!(text.parse(), Ok(sample()));
         assert_eq!(format!("  {text}\n").parse(), Ok(sample()));
