@@ -1,0 +1,368 @@
+//! Two agents in virtual time: networks behind NATs, a lossy internet with a STUN server, a relay that
+//! loses, repeats and reorders messages, and the shells that drive the agents.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use adit_tunnel::path::{Config, Confirmed, Credentials, Event, IceRole, PathAgent, Transmit, stun};
+
+use crate::nat::{Kind, Nat};
+
+pub(crate) const STUN_SERVER: &str = "203.0.113.53:8002";
+/// A datagram of the carrier: not STUN. QUIC's first is of full size.
+const INITIAL: [u8; 1200] = [0xc0; 1200];
+const PING: [u8; 40] = [0x40; 40];
+const PING_EVERY: Duration = Duration::from_millis(200);
+const SILENCE: Duration = Duration::from_secs(1);
+
+/// How one kind of network treats what it carries.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Link {
+    /// One way, and how much longer it may take: more than the time between two datagrams reorders them.
+    pub(crate) latency: Duration,
+    pub(crate) jitter: Duration,
+    /// Of 1000.
+    pub(crate) lost: u64,
+    pub(crate) doubled: u64,
+}
+
+impl Link {
+    pub(crate) fn good(latency: Duration) -> Self {
+        Self { latency, jitter: Duration::ZERO, lost: 0, doubled: 0 }
+    }
+}
+
+pub(crate) struct World {
+    pub(crate) now: Instant,
+    start: Instant,
+    random: u64,
+    /// By time, then by order of sending.
+    queue: BTreeMap<(Instant, u64), Delivery>,
+    sent: u64,
+    pub(crate) internet: Link,
+    pub(crate) relay: Link,
+    pub(crate) nats: [Nat; 2],
+    pub(crate) technician: End,
+    pub(crate) agent: End,
+    /// Longest datagram that gets from the technician to the agent, and back.
+    pub(crate) longest: [usize; 2],
+}
+
+enum Delivery {
+    /// Source as the destination sees it.
+    Datagram { source: SocketAddr, destination: SocketAddr, payload: Vec<u8>, from: usize },
+    Message { to: usize, bytes: Vec<u8> },
+}
+
+/// One end: its agent, and a shell with a carrier that pings.
+pub(crate) struct End {
+    pub(crate) path: PathAgent,
+    pub(crate) address: SocketAddr,
+    /// The network that it is in: an index of [`World::nats`].
+    site: usize,
+    controlling: bool,
+    carrier: Option<Carrier>,
+    pub(crate) confirmed: Vec<(Duration, Confirmed)>,
+    pub(crate) failed: Vec<(u64, Duration)>,
+    pub(crate) lost: Vec<Duration>,
+    pub(crate) refused_initials: usize,
+    pub(crate) messages: usize,
+    pub(crate) datagrams: usize,
+}
+
+struct Carrier {
+    remote: SocketAddr,
+    up: bool,
+    heard: Instant,
+    next_ping: Instant,
+}
+
+impl World {
+    pub(crate) fn new(technician: Kind, agent: Kind, seed: u64) -> Self {
+        Self::at_sites(technician, agent, [0, 1], seed)
+    }
+
+    /// Both behind the first NAT.
+    pub(crate) fn on_one_network(kind: Kind, seed: u64) -> Self {
+        Self::at_sites(kind, kind, [0, 0], seed)
+    }
+
+    fn at_sites(technician: Kind, agent: Kind, sites: [usize; 2], seed: u64) -> Self {
+        let now = Instant::now();
+        let kinds = [technician, agent];
+        let nats = ["198.51.100.1", "198.51.100.2"].map(|text| text.parse().expect("an address"));
+        let nats = [Nat::new(technician, nats[0]), Nat::new(agent, nats[1])];
+        let [technician, agent] = [IceRole::Controlling, IceRole::Controlled].map(|role| {
+            let index = usize::from(role == IceRole::Controlled);
+            let public = kinds[index] == Kind::Open;
+            let address = match (public, index) {
+                (true, 0) => "192.0.2.10:40000",
+                (true, _) => "192.0.2.20:40000",
+                (false, 0) => "192.168.1.10:40000",
+                (false, _) => "192.168.1.20:40000",
+            };
+            End::new(now, role, address.parse().expect("an address"), sites[index], seed)
+        });
+        let link = Link::good(Duration::from_millis(20));
+        Self {
+            now,
+            start: now,
+            random: seed,
+            queue: BTreeMap::new(),
+            sent: 0,
+            internet: link,
+            relay: link,
+            nats,
+            technician,
+            agent,
+            longest: [usize::MAX; 2],
+        }
+    }
+
+    pub(crate) fn elapsed(&self) -> Duration {
+        self.now - self.start
+    }
+
+    /// Both ends have a carrier on a direct path.
+    pub(crate) fn is_direct(&self) -> bool {
+        let up = |end: &End| end.carrier.as_ref().is_some_and(|carrier| carrier.up);
+        up(&self.technician) && up(&self.agent)
+    }
+
+    pub(crate) fn run_for(&mut self, time: Duration) {
+        let until = self.now + time;
+        self.run_until(until, |_| false);
+        self.now = until;
+    }
+
+    /// Runs until `done`, for at most `time`. Returns how long it took, if it was done.
+    pub(crate) fn run_while_not(&mut self, time: Duration, done: impl Fn(&Self) -> bool) -> Option<Duration> {
+        let begin = self.now;
+        self.run_until(begin + time, &done);
+        done(self).then(|| self.now - begin)
+    }
+
+    fn run_until(&mut self, until: Instant, done: impl Fn(&Self) -> bool) {
+        self.flush();
+        while !done(self) {
+            let delivery = self.queue.first_key_value().map(|((at, _), _)| *at);
+            let timers = [self.technician.timeout(), self.agent.timeout()];
+            let Some(next) = timers.into_iter().flatten().chain(delivery).min() else { break };
+            if next > until {
+                break;
+            }
+            self.now = self.now.max(next);
+            if delivery.is_some_and(|at| at <= self.now)
+                && let Some((_, delivery)) = self.queue.pop_first()
+            {
+                self.deliver(delivery);
+            }
+            self.technician.handle_timeout(self.now);
+            self.agent.handle_timeout(self.now);
+            self.flush();
+        }
+    }
+
+    fn deliver(&mut self, delivery: Delivery) {
+        match delivery {
+            Delivery::Message { to, bytes } => {
+                let now = self.now;
+                self.end(to).path.handle_message(now, &bytes).expect("the peer's message is good");
+            }
+            Delivery::Datagram { source, destination, payload, .. }
+                if destination == STUN_SERVER.parse().expect("an address") =>
+            {
+                if let Some(payload) = stun::binding_response(&payload, source) {
+                    self.post(Delivery::Datagram { source: destination, destination: source, payload, from: 2 });
+                }
+            }
+            Delivery::Datagram { source, destination, payload, from } => {
+                if from < 2 && payload.len() > self.longest[from] {
+                    return;
+                }
+                let now = self.now;
+                for index in 0..2 {
+                    let (site, address) = (self.end(index).site, self.end(index).address);
+                    let from_inside = from < 2 && from != index && self.end(from).site == site;
+                    let inside = if from_inside && destination == address {
+                        Some(destination)
+                    } else if from_inside {
+                        None // no hairpin
+                    } else {
+                        let nat = &self.nats[site];
+                        let reaches = nat.is_public(destination.ip()) || nat.kind == Kind::Open;
+                        reaches.then(|| nat.inbound(source, destination)).flatten()
+                    };
+                    if inside == Some(address) && from != index {
+                        self.end(index).receive(now, source, &payload);
+                    }
+                }
+            }
+        }
+    }
+
+    fn flush(&mut self) {
+        for index in 0..2 {
+            let now = self.now;
+            let start = self.start;
+            let (transmits, messages) = self.end(index).drain(now, start);
+            for bytes in messages {
+                self.post(Delivery::Message { to: 1 - index, bytes });
+            }
+            for Transmit { destination, payload } in transmits {
+                let (site, address) = (self.end(index).site, self.end(index).address);
+                let neighbour = self.end(1 - index).site == site && self.end(1 - index).address == destination;
+                let source = if neighbour {
+                    Some(address)
+                } else {
+                    self.nats[site].outbound(address, destination)
+                };
+                if let Some(source) = source {
+                    self.post(Delivery::Datagram { source, destination, payload, from: index });
+                }
+            }
+        }
+    }
+
+    fn post(&mut self, delivery: Delivery) {
+        let link = if matches!(delivery, Delivery::Message { .. }) { self.relay } else { self.internet };
+        if self.random(1000) < link.lost {
+            return;
+        }
+        let doubled = self.random(1000) < link.doubled;
+        if doubled && let Delivery::Message { to, bytes } = &delivery {
+            let again = Delivery::Message { to: *to, bytes: bytes.clone() };
+            self.put(link, again);
+        }
+        self.put(link, delivery);
+    }
+
+    fn put(&mut self, link: Link, delivery: Delivery) {
+        let jitter = Duration::from_micros(self.random(1 + link.jitter.as_micros() as u64));
+        self.sent += 1;
+        self.queue.insert((self.now + link.latency + jitter, self.sent), delivery);
+    }
+
+    /// SplitMix64: a number below `bound`.
+    fn random(&mut self, bound: u64) -> u64 {
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.random;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (mixed ^ (mixed >> 31)) % bound
+    }
+
+    fn end(&mut self, index: usize) -> &mut End {
+        if index == 0 { &mut self.technician } else { &mut self.agent }
+    }
+}
+
+/// Credentials of the two ends.
+pub(crate) fn credentials(role: IceRole) -> Credentials {
+    let (ufrag, password) = match role {
+        IceRole::Controlling => ("technici", "passwordOfTheTechnician/"),
+        IceRole::Controlled => ("agentage", "passwordOfTheAgent//////"),
+    };
+    Credentials::new(ufrag, password).expect("good credentials")
+}
+
+/// The configuration of the end with that role.
+pub(crate) fn config(role: IceRole, seed: u64) -> Config {
+    let other = match role {
+        IceRole::Controlling => IceRole::Controlled,
+        IceRole::Controlled => IceRole::Controlling,
+    };
+    let mut bytes = [role as u8; 32];
+    bytes[..8].copy_from_slice(&seed.to_be_bytes());
+    Config {
+        role,
+        local: credentials(role),
+        remote: credentials(other),
+        stun_servers: vec![STUN_SERVER.parse().expect("an address")],
+        seed: bytes,
+    }
+}
+
+impl End {
+    fn new(now: Instant, role: IceRole, address: SocketAddr, site: usize, seed: u64) -> Self {
+        let mut path = PathAgent::new(now, config(role, seed));
+        path.set_host_addresses(now, &[address]);
+        Self {
+            path,
+            address,
+            site,
+            controlling: role == IceRole::Controlling,
+            carrier: None,
+            confirmed: Vec::new(),
+            failed: Vec::new(),
+            lost: Vec::new(),
+            refused_initials: 0,
+            messages: 0,
+            datagrams: 0,
+        }
+    }
+
+    fn timeout(&self) -> Option<Instant> {
+        let carrier = self.carrier.as_ref().map(|carrier| carrier.next_ping.min(carrier.heard + SILENCE));
+        self.path.poll_timeout().into_iter().chain(carrier).min()
+    }
+
+    fn handle_timeout(&mut self, now: Instant) {
+        if self.path.poll_timeout().is_some_and(|at| at <= now) {
+            self.path.handle_timeout(now);
+            assert!(self.path.poll_timeout().is_none_or(|at| at > now), "a timer did not move on");
+        }
+        if let Some(carrier) = self.carrier.take_if(|carrier| carrier.heard + SILENCE <= now) {
+            self.path.path_lost(now, carrier.remote, "silent");
+            self.lost.push(SILENCE);
+        }
+    }
+
+    fn receive(&mut self, now: Instant, source: SocketAddr, payload: &[u8]) {
+        if stun::is_stun(payload) {
+            self.path.handle_datagram(now, source, payload);
+        } else if self.controlling {
+            let Some(carrier) = self.carrier.as_mut().filter(|carrier| carrier.remote == source) else { return };
+            carrier.heard = now;
+            if !std::mem::replace(&mut carrier.up, true) {
+                self.path.path_in_use(now, source);
+            }
+        } else if let Some(carrier) = self.carrier.as_mut().filter(|carrier| carrier.remote == source) {
+            carrier.heard = now;
+        } else if self.path.is_confirmed(source) {
+            self.carrier = Some(Carrier { remote: source, up: true, heard: now, next_ping: now });
+            self.path.path_in_use(now, source);
+        } else {
+            self.refused_initials += 1;
+        }
+    }
+
+    /// What goes out: datagrams, and messages for the peer.
+    fn drain(&mut self, now: Instant, start: Instant) -> (Vec<Transmit>, Vec<Vec<u8>>) {
+        let mut transmits: Vec<_> = std::iter::from_fn(|| self.path.poll_transmit()).collect();
+        self.datagrams += transmits.len();
+        let mut messages = Vec::new();
+        while let Some(event) = self.path.poll_event() {
+            match event {
+                Event::Message(bytes) => messages.push(bytes),
+                Event::Confirmed(confirmed) => {
+                    self.confirmed.push((now - start, confirmed));
+                    if self.controlling {
+                        let remote = confirmed.remote.address;
+                        self.carrier = Some(Carrier { remote, up: false, heard: now, next_ping: now });
+                    }
+                }
+                Event::Failed { round, .. } => self.failed.push((round, now - start)),
+                Event::ServerReflexive(_) => {}
+            }
+        }
+        self.messages += messages.len();
+        if let Some(carrier) = self.carrier.as_mut().filter(|carrier| carrier.next_ping <= now) {
+            carrier.next_ping = now + PING_EVERY;
+            let payload = if carrier.up { PING.to_vec() } else { INITIAL.to_vec() };
+            transmits.push(Transmit { destination: carrier.remote, payload });
+        }
+        (transmits, messages)
+    }
+}
