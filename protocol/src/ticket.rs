@@ -60,6 +60,19 @@ impl Ticket {
         PublicToken::sign(&key, &claims, None, Some(PURPOSE)).map_err(|_| TicketError::Key)
     }
 
+    /// What a ticket says, without any check: for its holder, who got it from the mediator itself.
+    ///
+    /// # Errors
+    /// [`TicketError::Malformed`].
+    pub fn peek(text: &str) -> Result<Self, TicketError> {
+        if text.len() > MAX_TICKET {
+            return Err(TicketError::Malformed);
+        }
+        let token =
+            UntrustedToken::<Public, V4>::try_from(text).map_err(|_| TicketError::Malformed)?;
+        serde_json::from_slice(token.untrusted_payload()).map_err(|_| TicketError::Malformed)
+    }
+
     /// Reads a ticket and checks its signature with the mediator's 32-byte public key, and that it
     /// has not expired at `now` (seconds since 1970-01-01 UTC).
     ///
@@ -153,6 +166,7 @@ mod tests {
         println!("a ticket has {} bytes", text.len());
         assert_eq!(Ticket::verify(&text, &public, 1_000_030), Ok(sample()));
         assert_eq!(Ticket::verify(&text, &public, 1_000_031), Err(TicketError::Expired));
+        assert_eq!(Ticket::peek(&text), Ok(sample()));
         assert_eq!(Ticket::verify(&text, &keys(6).1, 0), Err(TicketError::Signature));
         assert_eq!(Ticket::verify("v4.public.", &public, 0), Err(TicketError::Malformed));
     }

@@ -524,6 +524,11 @@ impl Session {
         self.active
     }
 
+    /// Whether the other end has said hello on this carrier.
+    pub fn is_ready(&self, id: CarrierId) -> bool {
+        self.carriers.get(&id).is_some_and(|carrier| carrier.hello_received)
+    }
+
     /// What a carrier has done so far.
     pub fn carrier_stats(&self, id: CarrierId) -> Option<CarrierStats> {
         let c = self.carriers.get(&id)?;

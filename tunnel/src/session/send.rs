@@ -93,6 +93,11 @@ impl SendHalf {
         self.finished && self.acked > self.end
     }
 
+    /// The end and everything before it is on carriers, or has arrived.
+    pub(super) fn is_handed_out(&self) -> bool {
+        self.finished && !self.has_pending()
+    }
+
     pub(super) fn has_pending(&self) -> bool {
         !self.lost.is_empty() || self.next < self.limit()
     }

@@ -44,6 +44,17 @@ impl Session {
         None
     }
 
+    /// Whether everything of the stream was handed out, up to its end, so that its lane can be closed.
+    pub fn lane_is_done(&self, stream: StreamId) -> bool {
+        self.streams.get(&stream).and_then(Stream::live).is_none_or(|live| live.send.is_handed_out())
+    }
+
+    /// The lane of a stream was closed. If there was more for it meanwhile, [`Session::poll_lane`] names
+    /// the stream again.
+    pub fn lane_closed(&mut self, stream: StreamId) {
+        self.mark_ready(stream);
+    }
+
     /// How large the carrier's transport datagrams may be. Larger datagrams, and all while this was not
     /// said, go on the control lane.
     pub fn set_datagram_limit(&mut self, id: CarrierId, bytes: usize) {

@@ -1,0 +1,208 @@
+//! The control channel to the mediator: TLS with ALPN `adit`, WebSocket on `/control`.
+//!
+//! [`ControlChannel::dial`] opens one; [`maintain`] keeps one up for ever.
+
+pub mod maintain;
+pub mod wire;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use adit_protocol::PROTOCOL_VERSION;
+use adit_protocol::control::{Down, Hello, ToDevice, ToMediator, Up, Welcome};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+use tokio_rustls::client::TlsStream;
+use tokio_tungstenite::tungstenite::{self, Error as WsError};
+use tokio_tungstenite::{WebSocketStream, client_async_with_config};
+
+pub use maintain::{Control, State, maintain};
+pub use wire::{Ended, Heartbeat, Incoming, Outgoing};
+
+use crate::dial::{self, DialError};
+use crate::exit::{Exit, Failure};
+use crate::identity::Identity;
+use crate::tls::{self, TlsError};
+
+/// Path of the WebSocket.
+pub const PATH: &str = "/control";
+/// How long WebSocket handshake and `Welcome` may take, each.
+const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What this build calls itself in [`Hello`].
+pub fn software() -> String {
+    concat!("adit ", env!("CARGO_PKG_VERSION")).to_owned()
+}
+
+/// A [`Hello`] of this build with the sessions that live at this end.
+pub fn hello(sessions: Vec<adit_protocol::control::LiveSession>) -> Hello {
+    Hello { protocol_version: PROTOCOL_VERSION, software: software(), sessions }
+}
+
+/// One open control channel, greeted. Closes when dropped.
+#[derive(Debug)]
+pub struct ControlChannel {
+    /// What the mediator said first.
+    pub welcome: Welcome,
+    /// Which server it is: `HOST:PORT`.
+    pub server: String,
+    outgoing: Outgoing<ToMediator>,
+    incoming: Incoming<ToDevice>,
+}
+
+impl ControlChannel {
+    /// Dials the servers of `identity` in turn, says `hello`, waits for the welcome.
+    ///
+    /// # Errors
+    /// [`ControlError`] of the last server tried; a refusal ends the round at once.
+    pub async fn dial(identity: &Identity, hello: Hello) -> Result<Self, ControlError> {
+        let config = Arc::new(tls::control_client(identity)?);
+        let mut last = ControlError::NoServer;
+        for server in &identity.servers {
+            match Self::dial_one(server, config.clone(), hello.clone()).await {
+                Ok(channel) => return Ok(channel),
+                Err(error) => last = error,
+            }
+            if last.exit() == Exit::Refused {
+                break;
+            }
+        }
+        Err(last)
+    }
+
+    /// Sends a message; waits while the queue is full.
+    ///
+    /// # Errors
+    /// [`Ended::Closed`] when the channel is no more; [`ControlChannel::recv`] says why.
+    pub async fn send(&self, message: Up) -> Result<(), Ended> {
+        self.outgoing.send(ToMediator { message: Some(message) }).await.map_err(|_| Ended::Closed)
+    }
+
+    /// The next message. Cancel safe.
+    ///
+    /// # Errors
+    /// [`Ended`] says why there will be no more.
+    pub async fn recv(&mut self) -> Result<Down, Ended> {
+        loop {
+            match self.incoming.recv().await {
+                Some(Ok(ToDevice { message: Some(message) })) => return Ok(message),
+                // A message of a later version.
+                Some(Ok(ToDevice { message: None })) => {}
+                Some(Err(ended)) => return Err(ended),
+                None => return Err(Ended::Closed),
+            }
+        }
+    }
+
+    async fn dial_one(
+        server: &str,
+        config: Arc<rustls::ClientConfig>,
+        hello: Hello,
+    ) -> Result<Self, ControlError> {
+        let stream =
+            dial::tls(server, config).await.map_err(|error| ControlError::from_dial(server, error))?;
+        let timed_out = || ControlError::TimedOut { server: server.to_owned() };
+        let socket = timeout(GREETING_TIMEOUT, upgrade(server, stream)).await.map_err(|_| timed_out())??;
+        let (outgoing, incoming) = wire::pump(socket, Heartbeat::default());
+        let mut channel = Self { welcome: Welcome::default(), server: server.to_owned(), outgoing, incoming };
+        let broken = |ended: Ended| match ended {
+            Ended::Broken(error) => ControlError::from_dial(server, DialError::from_tls(error)),
+            other => ControlError::Unreachable { server: server.to_owned(), why: other.to_string() },
+        };
+        channel.send(Up::Hello(hello)).await.map_err(broken)?;
+        match timeout(GREETING_TIMEOUT, channel.recv()).await.map_err(|_| timed_out())?.map_err(broken)? {
+            Down::Welcome(welcome) => channel.welcome = welcome,
+            Down::Refused(refused) => return Err(ControlError::Refused(refused.message)),
+            _ => return Err(ControlError::NoWelcome { server: server.to_owned() }),
+        }
+        Ok(channel)
+    }
+}
+
+async fn upgrade(
+    server: &str,
+    stream: TlsStream<TcpStream>,
+) -> Result<WebSocketStream<TlsStream<TcpStream>>, ControlError> {
+    let request = format!("wss://{server}{PATH}");
+    match client_async_with_config(request, stream, Some(wire::websocket_config())).await {
+        Ok((socket, _)) => Ok(socket),
+        Err(WsError::Io(error)) => Err(ControlError::from_dial(server, DialError::from_tls(error))),
+        Err(WsError::Protocol(tungstenite::error::ProtocolError::HandshakeIncomplete)) => {
+            Err(ControlError::Unreachable {
+                server: server.to_owned(),
+                why: "the connection was closed".into(),
+            })
+        }
+        Err(_) => Err(ControlError::NoWelcome { server: server.to_owned() }),
+    }
+}
+
+/// Why there is no control channel.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// Nobody answers there.
+    #[error("the mediator at {server} cannot be reached: {why}")]
+    Unreachable {
+        /// `HOST:PORT`.
+        server: String,
+        /// What the system said.
+        why: String,
+    },
+    /// No answer in time.
+    #[error("the mediator at {server} did not answer in time")]
+    TimedOut {
+        /// `HOST:PORT`.
+        server: String,
+    },
+    /// One of the two ends does not accept the other's certificate, or the mediator said no.
+    #[error("the mediator and this device do not accept each other: {0}")]
+    Refused(String),
+    /// Something answers there, but not as a mediator does.
+    #[error("what answers at {server} is no mediator of adit")]
+    NoWelcome {
+        /// `HOST:PORT`.
+        server: String,
+    },
+    /// The identity names no server.
+    #[error("this device's identity names no server")]
+    NoServer,
+    /// TLS could not be set up.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+}
+
+impl ControlError {
+    fn from_dial(server: &str, error: DialError) -> Self {
+        match error {
+            DialError::TimedOut => Self::TimedOut { server: server.to_owned() },
+            DialError::Unreachable(error) => {
+                Self::Unreachable { server: server.to_owned(), why: error.to_string() }
+            }
+            other => Self::Refused(other.to_string()),
+        }
+    }
+}
+
+impl Failure for ControlError {
+    fn exit(&self) -> Exit {
+        match self {
+            Self::Unreachable { .. } | Self::NoWelcome { .. } => Exit::Unreachable,
+            Self::TimedOut { .. } => Exit::TimedOut,
+            Self::Refused(_) => Exit::Refused,
+            Self::NoServer => Exit::Usage,
+            Self::Tls(_) => Exit::Failed,
+        }
+    }
+
+    fn remedy(&self) -> Option<String> {
+        Some(match self {
+            Self::Unreachable { .. } | Self::TimedOut { .. } => {
+                "check that the mediator runs and that no firewall blocks the way".into()
+            }
+            Self::NoWelcome { .. } => "check name and port; is a proxy in between?".into(),
+            Self::Refused(_) => "check this machine's clock; else enrol this device again".into(),
+            Self::NoServer => "enrol this device again: adit enroll TOKEN --replace".into(),
+            Self::Tls(_) => return None,
+        })
+    }
+}

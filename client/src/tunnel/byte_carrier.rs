@@ -1,0 +1,167 @@
+//! A carrier over one ordered byte stream: TLS on a relayed or direct TCP connection.
+//!
+//! One task does both directions, so that neither takes a lock of the TLS session.
+
+use std::future::poll_fn;
+use std::io::{self, IoSlice};
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use adit_tunnel::session::{CarrierId, CarrierKind, Lane, Transmit};
+use bytes::{Buf, BytesMut};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_util::io::poll_read_buf;
+
+use super::Tunnel;
+
+/// Read buffers: four TLS records.
+const READ_BUFFER: usize = 64 * 1024;
+/// Below this room a new buffer is taken: no TLS record is cut in two.
+const READ_LEAST: usize = 16 * 1024;
+/// Reads and writes in one go before other tasks get their turn.
+const TURNS: usize = 32;
+
+/// Runs a carrier until its connection ends or the session gives it up. `connection` is authenticated:
+/// at its other end is the session's other device. Returns why it ended.
+pub async fn run<C>(
+    tunnel: Tunnel,
+    kind: CarrierKind,
+    connection: C,
+    local: Option<SocketAddr>,
+    remote: Option<SocketAddr>,
+) -> String
+where
+    C: AsyncRead + AsyncWrite + Unpin,
+{
+    debug_assert!(!kind.is_multiplexed());
+    let id = tunnel.attach(kind, local, remote);
+    let guard = Detach { tunnel: &tunnel, id };
+    let mut carrier = Carrier {
+        tunnel: &tunnel,
+        id,
+        connection,
+        writing: None,
+        unflushed: false,
+        buffer: BytesMut::with_capacity(READ_BUFFER),
+    };
+    let reason = match poll_fn(|cx| carrier.poll(cx)).await {
+        Ok(reason) => reason,
+        Err(error) => error.to_string(),
+    };
+    std::mem::forget(guard);
+    tunnel.detach(id, &reason);
+    reason
+}
+
+/// A task that is aborted detaches its carrier, too.
+struct Detach<'a> {
+    tunnel: &'a Tunnel,
+    id: CarrierId,
+}
+
+impl Drop for Detach<'_> {
+    fn drop(&mut self) {
+        self.tunnel.detach(self.id, "closed");
+    }
+}
+
+struct Carrier<'a, C> {
+    tunnel: &'a Tunnel,
+    id: CarrierId,
+    connection: C,
+    /// Taken from the engine, not written yet.
+    writing: Option<Transmit>,
+    unflushed: bool,
+    buffer: BytesMut,
+}
+
+impl<C: AsyncRead + AsyncWrite + Unpin> Carrier<'_, C> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<String>> {
+        for _ in 0..TURNS {
+            if let Some(reason) = self.given_up() {
+                return Poll::Ready(Ok(reason));
+            }
+            let wrote = self.write(cx)?;
+            let read = match self.read(cx)? {
+                Poll::Ready(true) => true,
+                Poll::Ready(false) => return Poll::Ready(Ok("closed by the other side".to_owned())),
+                Poll::Pending => false,
+            };
+            if !wrote && !read && self.rest(cx) {
+                return Poll::Pending;
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    /// Leaves the waker with the engine; `false` when there was something new meanwhile.
+    fn rest(&self, cx: &Context<'_>) -> bool {
+        let mut state = self.tunnel.lock();
+        let Some(carrier) = state.carriers.get_mut(&self.id) else { return true };
+        let rest = !std::mem::take(&mut carrier.again);
+        carrier.task = rest.then(|| cx.waker().clone());
+        rest
+    }
+
+    fn given_up(&self) -> Option<String> {
+        let mut state = self.tunnel.lock();
+        let drained = state.session.is_closed() && self.writing.is_none() && !self.unflushed;
+        let carrier = state.carriers.get_mut(&self.id)?;
+        carrier.given_up.clone().or_else(|| drained.then(|| "the session is over".to_owned()))
+    }
+
+    /// Writes what there is. Returns whether the engine may have more.
+    fn write(&mut self, cx: &mut Context<'_>) -> io::Result<bool> {
+        let mut progress = false;
+        for _ in 0..TURNS {
+            if self.writing.is_none() {
+                self.writing = self
+                    .tunnel
+                    .with(|state, now| state.session.poll_transmit(now, self.id, Lane::Control));
+            }
+            let Some(transmit) = &mut self.writing else {
+                if self.unflushed && Pin::new(&mut self.connection).poll_flush(cx)?.is_ready() {
+                    self.unflushed = false;
+                    // Anything that waited for the flush (the end of a session) is due now.
+                    progress = true;
+                }
+                return Ok(progress);
+            };
+            let slices = [IoSlice::new(&transmit.head), IoSlice::new(&transmit.payload)];
+            let Poll::Ready(written) = Pin::new(&mut self.connection).poll_write_vectored(cx, &slices)? else {
+                return Ok(progress);
+            };
+            if written == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            (progress, self.unflushed) = (true, true);
+            let head = written.min(transmit.head.len());
+            transmit.head.advance(head);
+            transmit.payload.advance(written - head);
+            if transmit.payload.is_empty() && transmit.head.is_empty() {
+                self.writing = None;
+            }
+        }
+        Ok(true)
+    }
+
+    /// Reads once. `Ready(false)`: the connection has ended.
+    fn read(&mut self, cx: &mut Context<'_>) -> io::Result<Poll<bool>> {
+        if self.buffer.capacity() - self.buffer.len() < READ_LEAST {
+            self.buffer = BytesMut::with_capacity(READ_BUFFER);
+        }
+        match poll_read_buf(Pin::new(&mut self.connection), cx, &mut self.buffer) {
+            Poll::Ready(Ok(0)) => Ok(Poll::Ready(false)),
+            Poll::Ready(Ok(_)) => {
+                let bytes = self.buffer.split().freeze();
+                let taken =
+                    self.tunnel.with(|state, now| state.session.receive(now, self.id, Lane::Control, bytes));
+                taken.map(|()| Poll::Ready(true)).map_err(io::Error::other)
+            }
+            Poll::Ready(Err(error)) => Err(error),
+            Poll::Pending => Ok(Poll::Pending),
+        }
+    }
+}
