@@ -263,11 +263,12 @@ impl Failure for EnrolError {
             }
             Self::Refused(_) => "ask the operator for a new token (adit-mediator token)".into(),
             Self::WrongFingerprint => {
-                "do not go on: ask the operator for a new token; if it fails again, someone may sit in between".into()
+                "ask the operator for a new token; if it fails again, someone may sit in between".into()
             }
             Self::Untrusted(_) => "check this machine's clock; else ask the operator for a new token".into(),
             Self::Unreachable { .. } | Self::TimedOut { .. } => {
-                "check that the mediator runs and that no firewall blocks the way, then try the same token again".into()
+                "check that the mediator runs and no firewall is in the way; then try the same token again"
+                    .into()
             }
             Self::NoAnswer => "check that device and mediator run fitting versions".into(),
             Self::Store(error) => return error.remedy(),

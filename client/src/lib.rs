@@ -1,9 +1,23 @@
 //! Carriers, sockets and drivers of adit.
 
+pub mod agent;
+pub mod allow;
 pub mod control;
+pub mod copy;
 pub mod dial;
+pub mod direct;
 pub mod enrol;
+pub mod events;
 pub mod exit;
+pub mod forward;
+pub mod hub;
 pub mod identity;
+pub mod leg;
+pub mod session;
+pub mod status;
+pub mod stdio;
+pub mod target;
+pub mod technician;
 pub mod tls;
 pub mod tunnel;
+pub mod via;

@@ -1,1 +1,32 @@
-//! Placeholder.
+//! The mediator of adit: it knows the devices, sees who is there, authorises sessions, writes them down,
+//! and tells both ends how to reach each other.
+//!
+//! | module | what it does |
+//! | --- | --- |
+//! | [`cli`] | the command line |
+//! | [`organisation`], [`config`] | the directory that `init` makes |
+//! | [`token`], [`enrolment`] | how devices get their identity |
+//! | [`store`] | what must last: devices and tokens |
+//! | [`server`] | what listens where |
+//! | [`channel`], [`presence`] | control channels, and who is there |
+//! | [`broker`], [`sessions`] | requests for sessions, and the sessions that live |
+//! | [`relays`] | relays and tickets for them |
+//! | [`audit`] | one line before each grant |
+//! | [`stun`] | 8002/udp |
+
+pub mod audit;
+pub mod broker;
+pub mod channel;
+pub mod cli;
+pub mod config;
+pub mod enrolment;
+pub mod error;
+pub mod metrics;
+pub mod organisation;
+pub mod presence;
+pub mod relays;
+pub mod server;
+pub mod sessions;
+pub mod store;
+pub mod stun;
+pub mod token;

@@ -186,6 +186,9 @@ pub struct Open {
     /// list decides, on every stream.
     #[prost(string, repeated, tag = "3")]
     pub targets: Vec<String>,
+    /// Tiers that the technician wants: `auto` (or empty), `direct` or `relay`.
+    #[prost(string, tag = "4")]
+    pub via: String,
 }
 
 /// What one end needs for a session. Both ends get theirs at once.
@@ -221,6 +224,9 @@ pub struct Grant {
     /// In an offer: what the technician says it wants.
     #[prost(string, repeated, tag = "10")]
     pub targets: Vec<String>,
+    /// From the request.
+    #[prost(string, tag = "11")]
+    pub via: String,
 }
 
 /// Username fragment and password of one ICE agent.
@@ -367,7 +373,12 @@ mod tests {
     #[test]
     fn bytes_are_locked() {
         let message = ToMediator {
-            message: Some(Up::Open(Open { request: 7, agent: "desk".into(), targets: vec!["[::1]:22".into()] })),
+            message: Some(Up::Open(Open {
+                request: 7,
+                agent: "desk".into(),
+                targets: vec!["[::1]:22".into()],
+                via: String::new(),
+            })),
         };
         // 1a len: Open · 08 07: request 7 · 12 04 "desk" · 1a 08 "[::1]:22"
         assert_eq!(message.encode_to_vec(), b"\x1a\x12\x08\x07\x12\x04desk\x1a\x08[::1]:22");

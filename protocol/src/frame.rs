@@ -344,8 +344,13 @@ impl Decoder {
                 data.offset += bytes.len() as u64;
                 *remaining -= bytes.len();
                 let last = *remaining == 0;
-                let piece =
-                    Data { offset, bytes, fin: data.fin && last, held: data.held && last, stream: data.stream };
+                let piece = Data {
+                    offset,
+                    bytes,
+                    fin: data.fin && last,
+                    held: data.held && last,
+                    stream: data.stream,
+                };
                 if last {
                     self.payload = None;
                 }

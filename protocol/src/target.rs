@@ -104,7 +104,8 @@ mod tests {
 
     #[test]
     fn refuses_what_is_no_target() {
-        for text in ["", "host", ":80", "host:0", "host:65536", "::1:22", "[::1:22", "a b:1", "a\u{7}:1", "[x]:1"]
+        for text in
+            ["", "host", ":80", "host:0", "host:65536", "::1:22", "[::1:22", "a b:1", "a\u{7}:1", "[x]:1"]
         {
             assert_eq!(text.parse::<Target>(), Err(InvalidTarget), "{text:?}");
         }

@@ -68,8 +68,7 @@ impl Ticket {
         if text.len() > MAX_TICKET {
             return Err(TicketError::Malformed);
         }
-        let token =
-            UntrustedToken::<Public, V4>::try_from(text).map_err(|_| TicketError::Malformed)?;
+        let token = UntrustedToken::<Public, V4>::try_from(text).map_err(|_| TicketError::Malformed)?;
         serde_json::from_slice(token.untrusted_payload()).map_err(|_| TicketError::Malformed)
     }
 

@@ -56,7 +56,8 @@ impl FromStr for EnrolmentToken {
         let servers = std::str::from_utf8(servers).map_err(|_| InvalidToken)?;
         let servers: Vec<String> = servers.split(',').map(str::to_owned).collect();
         let is_address = |s: &String| {
-            s.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|p| p > 0))
+            s.rsplit_once(':')
+                .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|p| p > 0))
                 && s.bytes().all(|b| b.is_ascii_graphic())
         };
         if !servers.iter().all(is_address) {

@@ -1,1 +1,32 @@
-//! Placeholder.
+//! The relay of adit: takes two connections that show tickets of one pairing, and moves bytes between
+//! them without looking at them.
+//!
+//! | module | what it does |
+//! | --- | --- |
+//! | [`server`] | a connection's life: preamble, ticket, other leg, forwarding |
+//! | `gate` | the bounded number of connections without a ticket so far |
+//! | `pairing` | which leg waits for which; which tickets are spent |
+//! | `forward` | the two directions of a pair |
+//! | `pool`, `pipe` | pipes and buffers, lent while bytes are on the way |
+//! | [`metrics`], [`diagnostics`] | what is counted, and the HTTP server that shows it |
+//! | [`listen`], [`stun`] | a server's sockets; its STUN server |
+//! | [`config`], [`cli`], [`run`] | the program around it: file, command line, control channel |
+
+pub mod cli;
+pub mod config;
+pub mod diagnostics;
+mod forward;
+mod gate;
+pub mod listen;
+pub mod metrics;
+mod pairing;
+#[cfg(target_os = "linux")]
+mod pipe;
+#[cfg(not(target_os = "linux"))]
+mod pipe_none;
+mod pool;
+pub mod run;
+pub mod server;
+pub mod stun;
+
+pub use server::{Config, Limits, Relay};

@@ -45,23 +45,61 @@ fn config() -> ProptestConfig {
 enum Step {
     Attach(CarrierKind),
     /// Bytes of one direction of one carrier arrive, cut in pieces.
-    Deliver { carrier: usize, to: usize, pieces: Vec<usize> },
+    Deliver {
+        carrier: usize,
+        to: usize,
+        pieces: Vec<usize>,
+    },
     DeliverAll,
     /// The transport dies after so many more bytes in each direction; `first` notices at once.
-    Kill { carrier: usize, more: [usize; 2], first: usize },
+    Kill {
+        carrier: usize,
+        more: [usize; 2],
+        first: usize,
+    },
     /// The other end notices, too.
-    Notice { carrier: usize },
+    Notice {
+        carrier: usize,
+    },
     /// Nothing passes any more, and nobody is told.
-    BlackHole { carrier: usize },
-    Open { udp: bool },
-    Accept { stream: usize },
-    Write { end: usize, stream: usize, bytes: usize },
-    Finish { end: usize, stream: usize },
-    Read { end: usize, stream: usize, max: usize },
-    Reset { end: usize, stream: usize },
-    Datagram { end: usize, stream: usize, bytes: usize },
-    Message { end: usize },
-    Advance { millis: u64 },
+    BlackHole {
+        carrier: usize,
+    },
+    Open {
+        udp: bool,
+    },
+    Accept {
+        stream: usize,
+    },
+    Write {
+        end: usize,
+        stream: usize,
+        bytes: usize,
+    },
+    Finish {
+        end: usize,
+        stream: usize,
+    },
+    Read {
+        end: usize,
+        stream: usize,
+        max: usize,
+    },
+    Reset {
+        end: usize,
+        stream: usize,
+    },
+    Datagram {
+        end: usize,
+        stream: usize,
+        bytes: usize,
+    },
+    Message {
+        end: usize,
+    },
+    Advance {
+        millis: u64,
+    },
 }
 
 /// Steps name streams and carriers by an index that is taken modulo how many there are.
@@ -305,7 +343,8 @@ impl World {
             return;
         }
         // Lanes overtake each other, but nothing overtakes the hello.
-        let lanes: Vec<_> = link.queues[to].iter().filter(|(_, q)| !q.is_empty()).map(|(lane, _)| *lane).collect();
+        let lanes: Vec<_> =
+            link.queues[to].iter().filter(|(_, q)| !q.is_empty()).map(|(lane, _)| *lane).collect();
         let lanes: Vec<_> = lanes.into_iter().filter(|lane| lane.is_none() || link.ready[to]).collect();
         if lanes.is_empty() {
             return;
@@ -384,7 +423,10 @@ impl World {
             }
             self.settle();
         }
-        assert!(self.ends.iter().filter_map(Session::poll_timeout).all(|at| at > until), "a timer that never rests");
+        assert!(
+            self.ends.iter().filter_map(Session::poll_timeout).all(|at| at > until),
+            "a timer that never rests"
+        );
         self.now = until;
     }
 
@@ -451,7 +493,10 @@ impl World {
             Event::Finished(stream) => {
                 let model = &self.streams[&stream.0];
                 let other = &model.directions[1 - end];
-                assert!(model.reset || (other.finished && other.read == other.written), "forgotten too early");
+                assert!(
+                    model.reset || (other.finished && other.read == other.written),
+                    "forgotten too early"
+                );
                 self.model(stream.0).directions[1 - end].ended = true;
             }
             Event::Message(bytes) => {
@@ -491,7 +536,8 @@ impl World {
                     self.model(id).accepted = true;
                 }
                 for end in 0..2 {
-                    if !self.streams[&id].udp && !self.streams[&id].directions[end].finished
+                    if !self.streams[&id].udp
+                        && !self.streams[&id].directions[end].finished
                         && (end == 0 || self.streams[&id].accepted)
                         && self.ends[end].finish(StreamId(id)).is_ok()
                     {
@@ -515,7 +561,9 @@ impl World {
     }
 
     fn unfinished(&self) -> Vec<(u64, &StreamModel)> {
-        let open = |m: &StreamModel| !m.udp && !m.reset && m.directions.iter().any(|d| !d.ended || d.read != d.written);
+        let open = |m: &StreamModel| {
+            !m.udp && !m.reset && m.directions.iter().any(|d| !d.ended || d.read != d.written)
+        };
         self.streams.iter().filter(|(_, m)| open(m)).map(|(id, m)| (*id, m)).collect()
     }
 
@@ -530,7 +578,8 @@ impl World {
     }
 
     fn pick_link(&self, index: usize) -> Option<usize> {
-        let alive: Vec<_> = (0..self.links.len()).filter(|l| self.links[*l].attached != [false, false]).collect();
+        let alive: Vec<_> =
+            (0..self.links.len()).filter(|l| self.links[*l].attached != [false, false]).collect();
         alive.get(index % alive.len().max(1)).copied()
     }
 }

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use adit_protocol::control::{Down, Hello, Up, Welcome};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep_until};
 use tracing::{debug, info, warn};
 
 use super::{ControlChannel, Ended};
@@ -37,12 +37,13 @@ pub enum State {
     },
 }
 
-/// Handle on a maintained channel. The channel ends when the last clone, or the receiver of messages,
-/// is dropped.
+/// Handle on a maintained channel. The channel ends with [`Control::close`], or when the last clone or the
+/// receiver of messages is dropped. Whoever sends must not be the only one to receive: when both queues
+/// are full, [`Control::send`] waits until a message is taken out.
 #[derive(Debug, Clone)]
 pub struct Control {
     state: watch::Receiver<State>,
-    outgoing: mpsc::Sender<Up>,
+    outgoing: mpsc::Sender<Command>,
     _task: Arc<AbortOnDrop>,
 }
 
@@ -61,7 +62,16 @@ impl Control {
         if !matches!(*self.state.borrow(), State::Connected(_)) {
             return Err(NotConnected);
         }
-        self.outgoing.send(message).await.map_err(|_| NotConnected)
+        self.outgoing.send(Command::Send(message)).await.map_err(|_| NotConnected)
+    }
+
+    /// Ends the channel for good, also for all clones of this handle. What was sent before is on its way
+    /// when this returns.
+    pub async fn close(&self) {
+        let (done, closed) = oneshot::channel();
+        if self.outgoing.send(Command::Close(done)).await.is_ok() {
+            let _ = closed.await;
+        }
     }
 
     /// Waits until there is a channel.
@@ -97,11 +107,25 @@ pub fn maintain(
     (Control { state, outgoing, _task: task }, down_receiver)
 }
 
+enum Command {
+    Send(Up),
+    /// Dropped when it is done.
+    Close(oneshot::Sender<()>),
+}
+
+/// Why a channel is no longer served.
+enum Served {
+    /// It broke: there will be another.
+    Lost(Ended),
+    /// Nobody wants one any more.
+    Unwanted,
+}
+
 struct Keeper<H> {
     identity: Arc<Identity>,
     hello: H,
     state: watch::Sender<State>,
-    outgoing: mpsc::Receiver<Up>,
+    outgoing: mpsc::Receiver<Command>,
     down: mpsc::Sender<Down>,
 }
 
@@ -114,14 +138,15 @@ impl<H: Fn() -> Hello + Send + 'static> Keeper<H> {
                     info!(server = channel.server, name = channel.welcome.name, "control channel is up");
                     let since = Instant::now();
                     // What was said to an earlier channel is stale: this one began with a new `Hello`.
-                    while self.outgoing.try_recv().is_ok() {}
+                    while let Ok(command) = self.outgoing.try_recv() {
+                        if let Command::Close(_) = command {
+                            return;
+                        }
+                    }
                     self.state.send_replace(State::Connected(Arc::new(channel.welcome.clone())));
-                    let ended = self.serve(channel).await;
+                    let Served::Lost(ended) = self.serve(channel).await else { return };
                     if since.elapsed() >= GOOD {
                         attempt = 0;
-                    }
-                    if matches!(ended, Ended::Closed) {
-                        return;
                     }
                     warn!(reason = %ended, "control channel is down");
                     (ended.to_string(), Exit::Unreachable)
@@ -137,33 +162,50 @@ impl<H: Fn() -> Hello + Send + 'static> Keeper<H> {
                 }
             };
             self.state.send_replace(State::Disconnected { reason, exit });
-            tokio::select! {
-                () = sleep(backoff(attempt, rand::random())) => {}
-                () = self.down.closed() => return,
+            if self.rest(backoff(attempt, rand::random())).await {
+                return;
             }
             attempt = attempt.saturating_add(1);
         }
     }
 
-    /// Passes messages on until the channel ends. `Ended::Closed`: our owner is gone.
-    async fn serve(&mut self, mut channel: ControlChannel) -> Ended {
+    /// Passes messages on until the channel ends.
+    async fn serve(&mut self, mut channel: ControlChannel) -> Served {
         loop {
             tokio::select! {
-                message = self.outgoing.recv() => {
-                    let Some(message) = message else { return Ended::Closed };
-                    if channel.send(message).await.is_err() {
-                        return channel.recv().await.err().unwrap_or(Ended::Silent);
+                command = self.outgoing.recv() => match command {
+                    Some(Command::Send(message)) => if channel.send(message).await.is_err() {
+                        return Served::Lost(channel.recv().await.err().unwrap_or(Ended::Silent));
+                    },
+                    Some(Command::Close(_done)) => {
+                        channel.close().await;
+                        return Served::Unwanted;
                     }
-                }
+                    None => return Served::Unwanted,
+                },
                 message = channel.recv() => match message {
                     Ok(message) => if self.down.send(message).await.is_err() {
-                        return Ended::Closed;
+                        return Served::Unwanted;
                     },
-                    // The pump is gone without a word: our queue was full.
-                    Err(Ended::Closed) => return Ended::Silent,
-                    Err(ended) => return ended,
+                    Err(ended) => return Served::Lost(ended),
                 },
-                () = self.down.closed() => return Ended::Closed,
+                () = self.down.closed() => return Served::Unwanted,
+            }
+        }
+    }
+
+    /// Waits; says whether nobody wants a channel any more.
+    async fn rest(&mut self, time: Duration) -> bool {
+        let until = Instant::now() + time;
+        loop {
+            tokio::select! {
+                () = sleep_until(until) => return false,
+                () = self.down.closed() => return true,
+                command = self.outgoing.recv() => match command {
+                    // Sent in the moment between two states; its sender finds out by the state.
+                    Some(Command::Send(_)) => {}
+                    Some(Command::Close(_)) | None => return true,
+                }
             }
         }
     }

@@ -28,6 +28,8 @@ use crate::tls::{self, TlsError};
 pub const PATH: &str = "/control";
 /// How long WebSocket handshake and `Welcome` may take, each.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the last messages of a channel that is closed may take.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What this build calls itself in [`Hello`].
 pub fn software() -> String {
@@ -92,6 +94,14 @@ impl ControlChannel {
                 None => return Err(Ended::Closed),
             }
         }
+    }
+
+    /// Closes the channel; what was sent before is on its way when this returns.
+    pub async fn close(self) {
+        let Self { outgoing, mut incoming, .. } = self;
+        drop(outgoing);
+        let ended = async { while let Some(Ok(_)) = incoming.recv().await {} };
+        let _ = timeout(CLOSE_TIMEOUT, ended).await;
     }
 
     async fn dial_one(

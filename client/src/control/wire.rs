@@ -93,14 +93,13 @@ where
         tokio::select! {
             message = outgoing.recv() => {
                 let Some(message) = message else { return Ended::Closed };
-                let frame = tungstenite::Message::Binary(Bytes::from(message.encode_to_vec()));
-                if let Err(ended) = send(socket, frame, heartbeat.deadline).await {
+                if let Err(ended) = send(socket, binary(&message), heartbeat.deadline).await {
                     return ended;
                 }
             }
             permit = incoming.reserve(), if room.is_none() => match permit {
                 Ok(permit) => room = Some(permit),
-                Err(_) => return Ended::Closed,
+                Err(_) => return last_words(socket, outgoing, heartbeat.deadline).await,
             },
             frame = socket.next(), if room.is_some() => {
                 deadline = None;
@@ -124,9 +123,31 @@ where
                 deadline.get_or_insert_with(|| Instant::now() + heartbeat.deadline);
             }
             () = silent => return Ended::Silent,
-            () = incoming.closed() => return Ended::Closed,
+            () = incoming.closed() => return last_words(socket, outgoing, heartbeat.deadline).await,
         }
     }
+}
+
+/// Nobody listens any more; what was said before that still goes out.
+async fn last_words<S, Out>(
+    socket: &mut WebSocketStream<S>,
+    mut outgoing: mpsc::Receiver<Out>,
+    deadline: Duration,
+) -> Ended
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+    Out: Message,
+{
+    while let Ok(message) = outgoing.try_recv() {
+        if let Err(ended) = send(socket, binary(&message), deadline).await {
+            return ended;
+        }
+    }
+    Ended::Closed
+}
+
+fn binary(message: &impl Message) -> tungstenite::Message {
+    tungstenite::Message::Binary(Bytes::from(message.encode_to_vec()))
 }
 
 async fn send<S>(
@@ -209,6 +230,19 @@ mod tests {
         }
         drop(up);
         assert!(matches!(from_device.recv().await, Some(Err(Ended::ByPeer))));
+    }
+
+    #[tokio::test]
+    async fn the_last_words_of_a_dropped_channel_arrive() {
+        for _ in 0..50 {
+            let (client, server) = sockets().await;
+            let (up, down) = pump::<_, ToMediator, ToDevice>(client, QUICK);
+            let (_to_device, mut from_device) = pump::<_, ToDevice, ToMediator>(server, QUICK);
+            up.send(ToMediator { message: Some(Up::List(List { request: 1 })) }).await.expect("sends");
+            drop((up, down));
+            assert!(matches!(from_device.recv().await, Some(Ok(_))));
+            assert!(matches!(from_device.recv().await, Some(Err(Ended::ByPeer))));
+        }
     }
 
     #[tokio::test]

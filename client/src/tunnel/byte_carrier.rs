@@ -117,9 +117,8 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Carrier<'_, C> {
         let mut progress = false;
         for _ in 0..TURNS {
             if self.writing.is_none() {
-                self.writing = self
-                    .tunnel
-                    .with(|state, now| state.session.poll_transmit(now, self.id, Lane::Control));
+                self.writing =
+                    self.tunnel.with(|state, now| state.session.poll_transmit(now, self.id, Lane::Control));
             }
             let Some(transmit) = &mut self.writing else {
                 if self.unflushed && Pin::new(&mut self.connection).poll_flush(cx)?.is_ready() {
@@ -130,7 +129,8 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Carrier<'_, C> {
                 return Ok(progress);
             };
             let slices = [IoSlice::new(&transmit.head), IoSlice::new(&transmit.payload)];
-            let Poll::Ready(written) = Pin::new(&mut self.connection).poll_write_vectored(cx, &slices)? else {
+            let Poll::Ready(written) = Pin::new(&mut self.connection).poll_write_vectored(cx, &slices)?
+            else {
                 return Ok(progress);
             };
             if written == 0 {

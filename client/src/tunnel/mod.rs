@@ -18,7 +18,9 @@ use std::time::{Duration, Instant};
 
 use adit_protocol::frame::ResetCode;
 use adit_protocol::{Protocol, SessionId, Target};
-use adit_tunnel::session::{CarrierId, CarrierKind, Config, End, Event, OpenError, Reason, Session, StreamId};
+use adit_tunnel::session::{
+    CarrierId, CarrierKind, Config, End, Event, OpenError, Reason, Session, StreamId,
+};
 use bytes::Bytes;
 use tokio::sync::{Notify, mpsc};
 
@@ -48,6 +50,8 @@ pub enum Notice {
     CarrierLost {
         /// Which.
         kind: CarrierKind,
+        /// Where its transport went to.
+        remote: Option<SocketAddr>,
         /// Why, for people.
         reason: String,
     },
@@ -133,6 +137,8 @@ pub struct CarrierInfo {
     pub bytes: (u64, u64),
     /// The tunnel sends on it.
     pub active: bool,
+    /// The other end is there.
+    pub ready: bool,
 }
 
 impl Tunnel {
@@ -355,7 +361,11 @@ impl Tunnel {
         });
         if let Some(carrier) = known {
             let reason = carrier.given_up.unwrap_or_else(|| reason.to_owned());
-            let _ = self.0.notices.try_send(Notice::CarrierLost { kind: carrier.kind, reason });
+            let _ = self.0.notices.try_send(Notice::CarrierLost {
+                kind: carrier.kind,
+                remote: carrier.remote,
+                reason,
+            });
         }
     }
 }
@@ -378,6 +388,7 @@ impl State {
             rtt: stats.rtt,
             bytes: (stats.sent, stats.received),
             active: self.session.active() == Some(id),
+            ready: self.session.is_ready(id),
         })
     }
 }

@@ -118,7 +118,8 @@ impl Carrier {
                 control.finish().unwrap_or_default();
                 if reason.is_none() {
                     // The goodbye should arrive before the connection is closed.
-                    let _ = tokio::time::timeout(std::time::Duration::from_millis(300), control.stopped()).await;
+                    let _ =
+                        tokio::time::timeout(std::time::Duration::from_millis(300), control.stopped()).await;
                 }
                 return Ok(reason.unwrap_or_else(|| "the session is over".to_owned()));
             }

@@ -2,6 +2,8 @@
 
 use std::io;
 use std::pin::Pin;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::task::{Context, Poll, ready};
 
 use adit_protocol::frame::ResetCode;
@@ -11,14 +13,14 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{Ending, StreamState, Tunnel};
 
-/// A forwarded TCP connection inside a tunnel. Each direction ends for itself; dropping a stream that
-/// is not finished in both resets it.
+/// A forwarded TCP connection inside a tunnel. Each direction ends for itself and can be used beside the
+/// other, by one task each or by one for both. Dropping a stream that is not finished in both resets it.
 #[derive(Debug)]
 pub struct TunnelStream {
     tunnel: Tunnel,
     id: StreamId,
-    finished: bool,
-    at_end: bool,
+    finished: AtomicBool,
+    at_end: AtomicBool,
 }
 
 /// Why a stream does not go on.
@@ -34,14 +36,14 @@ pub enum StreamError {
 
 impl TunnelStream {
     pub(super) fn new(tunnel: Tunnel, id: StreamId) -> Self {
-        Self { tunnel, id, finished: false, at_end: false }
+        Self { tunnel, id, finished: AtomicBool::new(false), at_end: AtomicBool::new(false) }
     }
 
     /// Technician: waits until the agent has connected the target.
     ///
     /// # Errors
     /// [`StreamError`] says why it could not.
-    pub async fn opened(&mut self) -> Result<(), StreamError> {
+    pub async fn opened(&self) -> Result<(), StreamError> {
         std::future::poll_fn(|cx| {
             self.poll(|stream| match stream {
                 _ if stream.opened => Poll::Ready(Ok(())),
@@ -64,8 +66,9 @@ impl TunnelStream {
     }
 
     /// Ends the stream at once, in both directions.
-    pub fn reset(mut self, code: ResetCode) {
-        (self.finished, self.at_end) = (true, true);
+    pub fn reset(self, code: ResetCode) {
+        self.finished.store(true, Relaxed);
+        self.at_end.store(true, Relaxed);
         self.tunnel.with(|state, _| {
             state.session.reset(self.id, code);
             state.streams.remove(&self.id);
@@ -76,13 +79,13 @@ impl TunnelStream {
     ///
     /// # Errors
     /// [`StreamError`] when the stream was reset.
-    pub async fn read_chunk(&mut self, max: usize) -> Result<Bytes, StreamError> {
+    pub async fn read_chunk(&self, max: usize) -> Result<Bytes, StreamError> {
         std::future::poll_fn(|cx| self.poll_read_chunk(cx, max)).await
     }
 
     /// See [`TunnelStream::read_chunk`].
-    pub fn poll_read_chunk(&mut self, cx: &mut Context<'_>, max: usize) -> Poll<Result<Bytes, StreamError>> {
-        if self.at_end {
+    pub fn poll_read_chunk(&self, cx: &mut Context<'_>, max: usize) -> Poll<Result<Bytes, StreamError>> {
+        if self.at_end.load(Relaxed) {
             return Poll::Ready(Ok(Bytes::new()));
         }
         let result = self.tunnel.with(|state, now| {
@@ -106,7 +109,7 @@ impl TunnelStream {
             }
         });
         if let Poll::Ready(Ok(bytes)) = &result {
-            self.at_end = bytes.is_empty();
+            self.at_end.store(bytes.is_empty(), Relaxed);
         }
         result
     }
@@ -115,12 +118,12 @@ impl TunnelStream {
     ///
     /// # Errors
     /// [`StreamError`] when the stream was reset.
-    pub async fn writable(&mut self) -> Result<usize, StreamError> {
+    pub async fn writable(&self) -> Result<usize, StreamError> {
         std::future::poll_fn(|cx| self.poll_writable(cx)).await
     }
 
     /// See [`TunnelStream::writable`].
-    pub fn poll_writable(&mut self, cx: &mut Context<'_>) -> Poll<Result<usize, StreamError>> {
+    pub fn poll_writable(&self, cx: &mut Context<'_>) -> Poll<Result<usize, StreamError>> {
         let mut state = self.tunnel.lock();
         let room = state.session.writable(self.id);
         let Some(stream) = state.streams.get_mut(&self.id) else {
@@ -137,7 +140,7 @@ impl TunnelStream {
     }
 
     /// Waits until the stream is over at the other end's instance; for a writer that has nothing to write.
-    pub async fn ended(&mut self) {
+    pub async fn ended(&self) {
         std::future::poll_fn(|cx| {
             self.poll(|stream| match stream.end {
                 Some(_) => Poll::Ready(Ok(())),
@@ -155,19 +158,20 @@ impl TunnelStream {
     ///
     /// # Errors
     /// [`StreamError`] when the stream was reset.
-    pub fn write_bytes(&mut self, bytes: Bytes) -> Result<(), StreamError> {
+    pub fn write_bytes(&self, bytes: Bytes) -> Result<(), StreamError> {
         let length = bytes.len() as u64;
         self.tunnel.with(|state, _| {
             state.sent += length;
-            state.session.write(self.id, bytes).map_err(|_| {
-                state.streams.get(&self.id).map_or(StreamError::Closed, StreamState::error)
-            })
+            state
+                .session
+                .write(self.id, bytes)
+                .map_err(|_| state.streams.get(&self.id).map_or(StreamError::Closed, StreamState::error))
         })
     }
 
     /// Ends the sending direction.
-    pub fn finish(&mut self) {
-        if !std::mem::replace(&mut self.finished, true) {
+    pub fn finish(&self) {
+        if !self.finished.swap(true, Relaxed) {
             self.tunnel.with(|state, _| state.session.finish(self.id)).unwrap_or_default();
         }
     }
@@ -194,7 +198,7 @@ impl StreamState {
 
 impl Drop for TunnelStream {
     fn drop(&mut self) {
-        let done = self.finished && self.at_end;
+        let done = self.finished.load(Relaxed) && self.at_end.load(Relaxed);
         self.tunnel.with(|state, _| {
             if !done {
                 state.session.reset(self.id, ResetCode::Aborted);
@@ -206,7 +210,11 @@ impl Drop for TunnelStream {
 }
 
 impl AsyncRead for TunnelStream {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let bytes = ready!(self.poll_read_chunk(cx, buf.remaining()))?;
         buf.put_slice(&bytes);
         Poll::Ready(Ok(()))
@@ -214,7 +222,7 @@ impl AsyncRead for TunnelStream {
 }
 
 impl AsyncWrite for TunnelStream {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let room = ready!(self.poll_writable(cx))?;
         let length = room.min(buf.len());
         self.write_bytes(Bytes::copy_from_slice(&buf[..length]))?;
@@ -225,7 +233,7 @@ impl AsyncWrite for TunnelStream {
         Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.finish();
         Poll::Ready(Ok(()))
     }

@@ -251,7 +251,8 @@ impl Carrier {
 
     /// When nothing was heard for too long with something outstanding.
     fn silence_deadline(&self) -> Option<Instant> {
-        let patience = self.rtt.map_or(FIRST_SILENCE, |rtt| (rtt.smoothed + 4 * rtt.variance).max(MIN_SILENCE));
+        let patience =
+            self.rtt.map_or(FIRST_SILENCE, |rtt| (rtt.smoothed + 4 * rtt.variance).max(MIN_SILENCE));
         self.outstanding.filter(|_| !self.silent).map(|since| since.max(self.last_heard) + patience)
     }
 

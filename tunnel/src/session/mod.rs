@@ -633,7 +633,8 @@ impl Session {
             return;
         }
         let usable = self.carriers.iter().filter(|(_, c)| self.is_usable(c));
-        let chosen = policy::choose(usable.map(|(&id, c)| policy::Choice { id, kind: c.kind, silent: c.silent }));
+        let chosen =
+            policy::choose(usable.map(|(&id, c)| policy::Choice { id, kind: c.kind, silent: c.silent }));
         if chosen != self.active {
             self.move_to(now, chosen, reason);
         }

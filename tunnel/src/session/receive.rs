@@ -2,8 +2,8 @@
 
 use std::time::Instant;
 
-use adit_protocol::frame::{Data, Decoder, Frame, Hello, Item, Position, ResetCode};
 use adit_protocol::Target;
+use adit_protocol::frame::{Data, Decoder, Frame, Hello, Item, Position, ResetCode};
 use bytes::Bytes;
 
 use super::stream::Stream;
@@ -55,7 +55,12 @@ impl Session {
     ///
     /// # Errors
     /// As [`Session::receive`].
-    pub fn receive_datagram(&mut self, now: Instant, id: CarrierId, bytes: Bytes) -> Result<(), PeerMisbehaved> {
+    pub fn receive_datagram(
+        &mut self,
+        now: Instant,
+        id: CarrierId,
+        bytes: Bytes,
+    ) -> Result<(), PeerMisbehaved> {
         let Some(carrier) = self.carriers.get_mut(&id) else { return Ok(()) };
         carrier.on_heard(now, 0);
         let mut decoder = Decoder::default();

@@ -70,7 +70,9 @@ impl RecvHalf {
             return Err(Misbehaved::BeyondCredit);
         }
         if self.fin.is_some_and(|fin_at| end > fin_at || (fin && end != fin_at))
-            || (fin && (end < self.received || self.ahead.last_key_value().is_some_and(|(o, b)| o + b.len() as u64 > end)))
+            || (fin
+                && (end < self.received
+                    || self.ahead.last_key_value().is_some_and(|(o, b)| o + b.len() as u64 > end)))
         {
             return Err(Misbehaved::BeyondEnd);
         }

@@ -3,15 +3,17 @@
 use adit_protocol::frame::Position;
 use adit_protocol::{Protocol, Target};
 
-use super::{CarrierId, StreamId};
 use super::recv::{INITIAL_WINDOW, RecvHalf};
 use super::send::SendHalf;
+use super::{CarrierId, StreamId};
 
 #[derive(Debug)]
 pub(super) enum Stream {
     Live(Box<Live>),
     /// Ended by this end; the other has not confirmed it yet.
-    Resetting { code: u64 },
+    Resetting {
+        code: u64,
+    },
 }
 
 #[derive(Debug)]

@@ -131,7 +131,10 @@ impl Session {
                 Frame::Message(message.clone()).encode(out);
                 self.pending.message_sent = Some((message, id));
                 wants_answer = true;
-            } else if self.pending.next_datagram().is_some_and(|length| length + DATAGRAM_HEAD > datagram_limit)
+            } else if self
+                .pending
+                .next_datagram()
+                .is_some_and(|length| length + DATAGRAM_HEAD > datagram_limit)
                 && self.carriers.get(&id)?.room() > 0
                 && let Some((flow, payload)) = self.pending.pop_datagram()
             {
@@ -190,7 +193,13 @@ impl Session {
             Frame::Open { stream: stream.0, target: live.target.clone() }.encode(out);
         }
         let payload = live.send.next_chunk(id, max).map(|chunk| {
-            out.extend_from_slice(&data_header(stream.0, chunk.offset, chunk.bytes.len(), chunk.fin, chunk.held));
+            out.extend_from_slice(&data_header(
+                stream.0,
+                chunk.offset,
+                chunk.bytes.len(),
+                chunk.fin,
+                chunk.held,
+            ));
             chunk.bytes
         });
         let length = out.len() - before + payload.as_ref().map_or(0, Bytes::len);

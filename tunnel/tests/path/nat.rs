@@ -30,19 +30,20 @@ pub(crate) struct Nat {
     mappings: HashMap<(SocketAddr, Option<SocketAddr>), u16>,
     /// Outside port and remote address that was sent to.
     sent: HashSet<(u16, SocketAddr)>,
-    next_port: u16,
+    ports_used: u16,
 }
 
 impl Nat {
     pub(crate) fn new(kind: Kind, public: IpAddr) -> Self {
-        Self { kind, public, mappings: HashMap::new(), sent: HashSet::new(), next_port: 10_000 }
+        Self { kind, public, mappings: HashMap::new(), sent: HashSet::new(), ports_used: 0 }
     }
 
     /// Forgets everything; new mappings get other ports.
     pub(crate) fn reboot(&mut self) {
         self.mappings.clear();
         self.sent.clear();
-        self.next_port += 5_000;
+        self.ports_used += 5_000;
+        self.ports_used %= 50_000;
     }
 
     pub(crate) fn is_public(&self, ip: IpAddr) -> bool {
@@ -58,8 +59,8 @@ impl Nat {
             Kind::Symmetric => (inside, Some(destination)),
         };
         let port = *self.mappings.entry(key).or_insert_with(|| {
-            self.next_port += 7;
-            self.next_port
+            self.ports_used += 7;
+            10_000 + self.ports_used
         });
         self.sent.insert((port, destination));
         Some(SocketAddr::new(self.public, port))

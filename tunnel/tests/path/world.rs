@@ -14,7 +14,6 @@ pub(crate) const STUN_SERVER: &str = "203.0.113.53:8002";
 const INITIAL: [u8; 1200] = [0xc0; 1200];
 const PING: [u8; 40] = [0x40; 40];
 const PING_EVERY: Duration = Duration::from_millis(200);
-const SILENCE: Duration = Duration::from_secs(1);
 
 /// How one kind of network treats what it carries.
 #[derive(Debug, Clone, Copy)]
@@ -47,12 +46,23 @@ pub(crate) struct World {
     pub(crate) agent: End,
     /// Longest datagram that gets from the technician to the agent, and back.
     pub(crate) longest: [usize; 2],
+    pub(crate) stun_answers: bool,
+    /// Whether anything but STUN gets through.
+    pub(crate) carriers_pass: bool,
 }
 
 enum Delivery {
     /// Source as the destination sees it.
-    Datagram { source: SocketAddr, destination: SocketAddr, payload: Vec<u8>, from: usize },
-    Message { to: usize, bytes: Vec<u8> },
+    Datagram {
+        source: SocketAddr,
+        destination: SocketAddr,
+        payload: Vec<u8>,
+        from: usize,
+    },
+    Message {
+        to: usize,
+        bytes: Vec<u8>,
+    },
 }
 
 /// One end: its agent, and a shell with a carrier that pings.
@@ -61,11 +71,13 @@ pub(crate) struct End {
     pub(crate) address: SocketAddr,
     /// The network that it is in: an index of [`World::nats`].
     site: usize,
+    /// After this time without a sign of life a carrier is dead.
+    pub(crate) silence: Duration,
     controlling: bool,
     carrier: Option<Carrier>,
     pub(crate) confirmed: Vec<(Duration, Confirmed)>,
     pub(crate) failed: Vec<(u64, Duration)>,
-    pub(crate) lost: Vec<Duration>,
+    pub(crate) lost: usize,
     pub(crate) refused_initials: usize,
     pub(crate) messages: usize,
     pub(crate) datagrams: usize,
@@ -117,6 +129,8 @@ impl World {
             technician,
             agent,
             longest: [usize::MAX; 2],
+            stun_answers: true,
+            carriers_pass: true,
         }
     }
 
@@ -140,7 +154,11 @@ impl World {
     pub(crate) fn run_while_not(&mut self, time: Duration, done: impl Fn(&Self) -> bool) -> Option<Duration> {
         let begin = self.now;
         self.run_until(begin + time, &done);
-        done(self).then(|| self.now - begin)
+        let done = done(self);
+        if !done {
+            self.now = begin + time;
+        }
+        done.then(|| self.now - begin)
     }
 
     fn run_until(&mut self, until: Instant, done: impl Fn(&Self) -> bool) {
@@ -173,12 +191,19 @@ impl World {
             Delivery::Datagram { source, destination, payload, .. }
                 if destination == STUN_SERVER.parse().expect("an address") =>
             {
-                if let Some(payload) = stun::binding_response(&payload, source) {
-                    self.post(Delivery::Datagram { source: destination, destination: source, payload, from: 2 });
+                if let Some(payload) = stun::binding_response(&payload, source).filter(|_| self.stun_answers)
+                {
+                    self.post(Delivery::Datagram {
+                        source: destination,
+                        destination: source,
+                        payload,
+                        from: 2,
+                    });
                 }
             }
             Delivery::Datagram { source, destination, payload, from } => {
-                if from < 2 && payload.len() > self.longest[from] {
+                let passes = self.carriers_pass || stun::is_stun(&payload);
+                if from < 2 && (payload.len() > self.longest[from] || !passes) {
                     return;
                 }
                 let now = self.now;
@@ -212,12 +237,10 @@ impl World {
             }
             for Transmit { destination, payload } in transmits {
                 let (site, address) = (self.end(index).site, self.end(index).address);
-                let neighbour = self.end(1 - index).site == site && self.end(1 - index).address == destination;
-                let source = if neighbour {
-                    Some(address)
-                } else {
-                    self.nats[site].outbound(address, destination)
-                };
+                let neighbour =
+                    self.end(1 - index).site == site && self.end(1 - index).address == destination;
+                let source =
+                    if neighbour { Some(address) } else { self.nats[site].outbound(address, destination) };
                 if let Some(source) = source {
                     self.post(Delivery::Datagram { source, destination, payload, from: index });
                 }
@@ -292,19 +315,25 @@ impl End {
             path,
             address,
             site,
+            silence: Duration::from_secs(1),
             controlling: role == IceRole::Controlling,
             carrier: None,
             confirmed: Vec::new(),
             failed: Vec::new(),
-            lost: Vec::new(),
+            lost: 0,
             refused_initials: 0,
             messages: 0,
             datagrams: 0,
         }
     }
 
+    pub(crate) fn carrier_remote(&self) -> Option<SocketAddr> {
+        self.carrier.as_ref().map(|carrier| carrier.remote)
+    }
+
     fn timeout(&self) -> Option<Instant> {
-        let carrier = self.carrier.as_ref().map(|carrier| carrier.next_ping.min(carrier.heard + SILENCE));
+        let carrier =
+            self.carrier.as_ref().map(|carrier| carrier.next_ping.min(carrier.heard + self.silence));
         self.path.poll_timeout().into_iter().chain(carrier).min()
     }
 
@@ -313,9 +342,9 @@ impl End {
             self.path.handle_timeout(now);
             assert!(self.path.poll_timeout().is_none_or(|at| at > now), "a timer did not move on");
         }
-        if let Some(carrier) = self.carrier.take_if(|carrier| carrier.heard + SILENCE <= now) {
+        if let Some(carrier) = self.carrier.take_if(|carrier| carrier.heard + self.silence <= now) {
             self.path.path_lost(now, carrier.remote, "silent");
-            self.lost.push(SILENCE);
+            self.lost += 1;
         }
     }
 
@@ -323,7 +352,9 @@ impl End {
         if stun::is_stun(payload) {
             self.path.handle_datagram(now, source, payload);
         } else if self.controlling {
-            let Some(carrier) = self.carrier.as_mut().filter(|carrier| carrier.remote == source) else { return };
+            let Some(carrier) = self.carrier.as_mut().filter(|carrier| carrier.remote == source) else {
+                return;
+            };
             carrier.heard = now;
             if !std::mem::replace(&mut carrier.up, true) {
                 self.path.path_in_use(now, source);
@@ -331,8 +362,12 @@ impl End {
         } else if let Some(carrier) = self.carrier.as_mut().filter(|carrier| carrier.remote == source) {
             carrier.heard = now;
         } else if self.path.is_confirmed(source) {
-            self.carrier = Some(Carrier { remote: source, up: true, heard: now, next_ping: now });
+            let carrier = Carrier { remote: source, up: true, heard: now, next_ping: now };
+            let old = self.carrier.replace(carrier);
             self.path.path_in_use(now, source);
+            if let Some(old) = old {
+                self.path.path_lost(now, old.remote, "replaced");
+            }
         } else {
             self.refused_initials += 1;
         }

@@ -1,0 +1,135 @@
+//! The agent's side: takes sessions and connects their streams to targets.
+
+use std::sync::Arc;
+
+use adit_protocol::control::{Answer, Grant, Up};
+use adit_tunnel::session::End;
+use tokio::sync::mpsc;
+use tracing::info;
+
+use crate::allow::AllowList;
+use crate::control::maintain::State;
+use crate::hub::{Hub, OpenSession};
+use crate::identity::Identity;
+use crate::session::SessionEvent;
+use crate::target;
+use crate::tunnel::Tunnel;
+use crate::via::Via;
+
+/// Sessions at once: each may hold its budget of memory.
+const MAX_SESSIONS: usize = 64;
+
+/// What the owner of an agent hears.
+#[derive(Debug)]
+pub enum AgentEvent {
+    /// The control channel is up.
+    Online,
+    /// It is down; the agent goes on trying.
+    Offline {
+        /// Why, for people.
+        reason: String,
+    },
+    /// A technician was let in.
+    Opened {
+        /// Session id.
+        session: adit_protocol::SessionId,
+        /// Name of the technician.
+        peer: String,
+        /// This end of the tunnel.
+        tunnel: Tunnel,
+    },
+    /// Something about a session.
+    Session {
+        /// Session id.
+        session: adit_protocol::SessionId,
+        /// Name of the technician.
+        peer: String,
+        /// What; never [`SessionEvent::Incoming`].
+        event: SessionEvent,
+    },
+}
+
+/// Runs an agent until the task is dropped or `shutdown` completes; then every session is told.
+pub async fn run(
+    identity: Arc<Identity>,
+    allow: Arc<AllowList>,
+    events: mpsc::Sender<AgentEvent>,
+    shutdown: impl Future<Output = ()>,
+) {
+    let (hub, mut offers) = Hub::start(identity);
+    let mut state = hub.control().state();
+    let mut sessions: Vec<(Tunnel, tokio::task::JoinHandle<()>)> = Vec::new();
+    tokio::pin!(shutdown);
+    loop {
+        tokio::select! {
+            offer = offers.recv() => {
+                let Some(offer) = offer else { break };
+                sessions.retain(|(_, task)| !task.is_finished());
+                sessions.extend(take_offer(&hub, offer, sessions.len(), &allow, &events).await);
+            }
+            changed = state.changed() => {
+                if changed.is_err() {
+                    break;
+                }
+                let event = match &*state.borrow_and_update() {
+                    State::Connected(_) => Some(AgentEvent::Online),
+                    State::Disconnected { reason, .. } => Some(AgentEvent::Offline { reason: reason.clone() }),
+                    State::Connecting => None,
+                };
+                if let Some(event) = event {
+                    let _ = events.send(event).await;
+                }
+            }
+            () = &mut shutdown => break,
+        }
+    }
+    sessions.iter().for_each(|(tunnel, _)| tunnel.close("the agent was stopped"));
+    for (_, task) in sessions {
+        let _ = task.await;
+    }
+}
+
+async fn take_offer(
+    hub: &Hub,
+    offer: Grant,
+    running: usize,
+    allow: &Arc<AllowList>,
+    events: &mpsc::Sender<AgentEvent>,
+) -> Option<(Tunnel, tokio::task::JoinHandle<()>)> {
+    let id = offer.session.clone();
+    let via: Via = offer.via.parse().unwrap_or_default();
+    let opened = if running < MAX_SESSIONS { hub.open_session(End::Agent, offer, via) } else { None };
+    let answer = Answer {
+        session: id,
+        accepted: opened.is_some(),
+        reason: if opened.is_some() { String::new() } else { format!("{running} sessions are open") },
+    };
+    let _ = hub.control().send(Up::Answer(answer)).await;
+    let session = opened?;
+    info!(session = %session.id, technician = session.peer_name, "session opened");
+    let (tunnel, peer) = (session.tunnel.clone(), session.peer_name.clone());
+    let _ = events.send(AgentEvent::Opened { session: session.id, peer, tunnel: tunnel.clone() }).await;
+    Some((tunnel, tokio::spawn(serve(session, allow.clone(), events.clone()))))
+}
+
+/// Connects what the technician asks for, until the session is over.
+async fn serve(mut session: OpenSession, allow: Arc<AllowList>, events: mpsc::Sender<AgentEvent>) {
+    while let Some(event) = session.events.recv().await {
+        match event {
+            SessionEvent::Incoming(stream, to) => {
+                tokio::spawn(target::serve_stream(stream, to, allow.clone()));
+            }
+            SessionEvent::IncomingFlow(flow, to) => {
+                tokio::spawn(target::serve_flow(flow, to, allow.clone()));
+            }
+            event => {
+                let over = matches!(event, SessionEvent::Closed { .. });
+                let peer = session.peer_name.clone();
+                let _ = events.send(AgentEvent::Session { session: session.id, peer, event }).await;
+                if over {
+                    return;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! Sorts what arrives on the one socket (RFC 9443): STUN to the sessions, QUIC to quinn.
+//!
+//! QUIC's handshake comes only from addresses that a session has confirmed; from elsewhere it gets no
+//! answer at all. Short headers pass from everywhere, since a NAT may map a connection anew: quinn drops,
+//! without an answer, those whose connection id it did not make.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Instant;
+
+use adit_protocol::{DeviceId, SessionId};
+use adit_tunnel::path::{PathAgent, stun};
+use quinn::Connection;
+use quinn::udp::RecvMeta;
+use tokio::sync::{Notify, mpsc};
+
+/// The sessions of the socket, by their local username fragment.
+#[derive(Default)]
+pub(super) struct Demux {
+    sessions: RwLock<HashMap<String, Arc<Entry>>>,
+}
+
+/// One session, as the socket and the accepting side see it.
+pub(super) struct Entry {
+    /// Session id.
+    pub(super) session: SessionId,
+    /// Device id of the other end.
+    pub(super) peer: DeviceId,
+    /// Username fragment of this end.
+    pub(super) ufrag: String,
+    /// The path engine. Whoever changes it wakes its task.
+    pub(super) agent: Mutex<PathAgent>,
+    /// Wakes the path task.
+    pub(super) wake: Notify,
+    /// Takes authenticated connections of the peer.
+    pub(super) accepted: mpsc::Sender<Connection>,
+}
+
+impl Entry {
+    /// The path engine. Never held across an `.await`.
+    pub(super) fn agent(&self) -> MutexGuard<'_, PathAgent> {
+        self.agent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn receive(&self, source: SocketAddr, datagram: &[u8]) -> bool {
+        let mut agent = self.agent();
+        // Under the lock, so that time never runs backwards for the agent.
+        let ours = agent.handle_datagram(Instant::now(), source, datagram);
+        drop(agent);
+        if ours {
+            self.wake.notify_one();
+        }
+        ours
+    }
+}
+
+impl Demux {
+    /// From now on `entry` gets its datagrams and connections, until the guard is dropped.
+    pub(super) fn register(self: &Arc<Self>, entry: Arc<Entry>) -> Registration {
+        let mut sessions = self.sessions.write().unwrap_or_else(PoisonError::into_inner);
+        sessions.insert(entry.ufrag.clone(), entry.clone());
+        Registration { demux: self.clone(), entry }
+    }
+
+    /// The session with this id, if `remote` is an address that it has confirmed.
+    pub(super) fn confirmed_session(&self, session: SessionId, remote: SocketAddr) -> Option<Arc<Entry>> {
+        let entry = self.find(|entry| entry.session == session)?;
+        let confirmed = entry.agent().is_confirmed(remote);
+        confirmed.then_some(entry)
+    }
+
+    /// Whether QUIC handshakes may come from `remote`.
+    pub(super) fn is_confirmed(&self, remote: SocketAddr) -> bool {
+        self.find(|entry| entry.agent().is_confirmed(remote)).is_some()
+    }
+
+    /// Leaves in `buffer` what is quinn's, and handles the rest. A buffer holds one datagram, or several
+    /// of `stride` bytes each (the last may be shorter) from one source.
+    pub(super) fn sort(&self, buffer: &mut [u8], meta: &mut RecvMeta) {
+        let (mut at, mut kept) = (0, 0);
+        while at < meta.len {
+            let length = meta.stride.clamp(1, meta.len - at);
+            let datagram = at..at + length;
+            at += length;
+            if self.is_for_quinn(meta.addr, &buffer[datagram.clone()]) {
+                if kept != datagram.start {
+                    buffer.copy_within(datagram, kept);
+                }
+                kept += length;
+            }
+        }
+        meta.len = kept;
+    }
+
+    /// Whether no session is there.
+    #[cfg(test)]
+    pub(super) fn is_empty(&self) -> bool {
+        self.read(HashMap::is_empty)
+    }
+
+    fn is_for_quinn(&self, source: SocketAddr, datagram: &[u8]) -> bool {
+        // Both ends keep QUIC's fixed bit set: the two highest bits tell all.
+        match datagram.first().map(|first| first >> 6) {
+            Some(0b01) => true,
+            Some(0b11) => self.is_confirmed(source),
+            Some(0b00) => {
+                if stun::is_stun(datagram) {
+                    self.receive(source, datagram);
+                }
+                false
+            }
+            _ => false,
+        }
+    }
+
+    fn receive(&self, source: SocketAddr, datagram: &[u8]) {
+        match stun::local_ufrag(datagram) {
+            Some(ufrag) => {
+                let entry = self.read(|sessions| sessions.get(ufrag).cloned());
+                if let Some(entry) = entry {
+                    entry.receive(source, datagram);
+                }
+            }
+            None => {
+                self.find(|entry| entry.receive(source, datagram));
+            }
+        }
+    }
+
+    fn find(&self, wanted: impl Fn(&Entry) -> bool) -> Option<Arc<Entry>> {
+        self.read(|sessions| sessions.values().find(|entry| wanted(entry)).cloned())
+    }
+
+    fn read<T>(&self, read: impl FnOnce(&HashMap<String, Arc<Entry>>) -> T) -> T {
+        read(&self.sessions.read().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// Takes the session out again.
+pub(super) struct Registration {
+    demux: Arc<Demux>,
+    entry: Arc<Entry>,
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        let mut sessions = self.demux.sessions.write().unwrap_or_else(PoisonError::into_inner);
+        if sessions.get(&self.entry.ufrag).is_some_and(|entry| Arc::ptr_eq(entry, &self.entry)) {
+            sessions.remove(&self.entry.ufrag);
+        }
+    }
+}

@@ -1,0 +1,247 @@
+//! The direct tier: one UDP socket of this process, the path engine on it, and QUIC over the paths found.
+//!
+//! | module | what it does |
+//! | --- | --- |
+//! | `socket` | the UDP socket, and the adapter through which quinn uses it |
+//! | `demux` | sorts what arrives: STUN to the sessions' path engines, QUIC to quinn |
+//! | `path_task` | drives one session's [`adit_tunnel::path::PathAgent`] and dials the paths it confirms |
+//! | `accept` | the agent's side: takes connections from confirmed addresses and authenticated peers |
+//! | `quic` | quinn's configuration, each number with its reason |
+//! | `mediator` | shows the mediator where this end is |
+//! | `interfaces` | the addresses of this machine |
+//!
+//! # The story of a direct path
+//! [`DirectEndpoint::bind`] once, [`DirectEndpoint::session`] for each session. Its
+//! [`DirectEvent::Message`]s go to the peer's [`DirectHandle::handle_message`] by whatever way there is.
+//! When both path engines have confirmed a path, the technician dials QUIC over it, and both ends get
+//! [`DirectEvent::Connected`]. When the connection closes, or the engine says that it fell silent
+//! ([`DirectHandle::carrier_lost`]), the search starts again.
+
+mod accept;
+mod demux;
+mod interfaces;
+mod mediator;
+mod path_task;
+mod quic;
+mod socket;
+#[cfg(test)]
+mod tests;
+
+use std::net::SocketAddr;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::time::Duration;
+
+use adit_protocol::control::IceCredentials;
+use adit_protocol::{DeviceId, SessionId};
+use adit_tunnel::path::{Credentials, IceRole, InvalidCredentials};
+use quinn::Connection;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use crate::identity::Identity;
+use crate::tls::TlsError;
+use demux::Demux;
+use mediator::Handshake;
+use path_task::{Command, PathTask};
+use socket::DirectSocket;
+
+/// Commands and events that wait, for each session. Messages are repeated until they arrive, so those
+/// that find no room are no loss.
+const QUEUE: usize = 64;
+
+/// One UDP socket with one quinn endpoint on it: all that a process has for direct paths.
+pub struct DirectEndpoint {
+    identity: Arc<Identity>,
+    port: u16,
+    loopback: bool,
+    socket: Arc<DirectSocket>,
+    demux: Arc<Demux>,
+    quic: quinn::Endpoint,
+    _accepting: Option<Task>,
+}
+
+impl DirectEndpoint {
+    /// Binds a free port of `ports`, beginning with a random one. With `loopback` this end offers
+    /// 127.0.0.1 too, which is of use only where both ends are on one machine. An agent accepts
+    /// connections of its sessions from now on.
+    ///
+    /// Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// [`BindError`]; sessions then run on the relay.
+    pub fn bind(
+        identity: Arc<Identity>,
+        ports: RangeInclusive<u16>,
+        loopback: bool,
+    ) -> Result<Arc<Self>, BindError> {
+        let demux = Arc::new(Demux::default());
+        let socket = Arc::new(DirectSocket::bind(ports, demux.clone())?);
+        let port = socket.port();
+        let server = quic::server_config(&identity)?;
+        let accepts = server.is_some();
+        let quic = quic::endpoint(socket.clone(), server).map_err(BindError::Socket)?;
+        let accepting = accepts.then(|| Task(tokio::spawn(accept::run(quic.clone(), demux.clone()))));
+        tracing::debug!(port, "direct paths use this UDP port");
+        Ok(Arc::new(Self { identity, port, loopback, socket, demux, quic, _accepting: accepting }))
+    }
+
+    /// UDP port of the socket.
+    pub fn local_port(&self) -> u16 {
+        self.port
+    }
+
+    /// Starts to look for a path. It goes on until the [`DirectSession`] is dropped.
+    ///
+    /// # Errors
+    /// [`SessionError`] when the grant's ICE credentials or this device's certificate are of no use.
+    pub fn session(self: &Arc<Self>, config: SessionConfig) -> Result<DirectSession, SessionError> {
+        let credentials = |ice: &IceCredentials| Credentials::new(&ice.ufrag, &ice.password);
+        let (command_sender, commands) = mpsc::channel(QUEUE);
+        let (event_sender, events) = mpsc::channel(QUEUE);
+        let task = PathTask {
+            role: config.role,
+            session: config.session,
+            peer: config.peer,
+            local: credentials(&config.local)?,
+            remote: credentials(&config.remote)?,
+            stun_servers: config.stun_servers,
+            handshake: Handshake::new(config.session, config.role, &config.local.password)?,
+            client: quic::client_config(&self.identity, config.peer)?,
+            port: self.port,
+            loopback: self.loopback,
+            socket: self.socket.clone(),
+            demux: self.demux.clone(),
+            quic: self.quic.clone(),
+            commands,
+            events: event_sender,
+        };
+        Ok(DirectSession {
+            events,
+            handle: DirectHandle { commands: command_sender },
+            _task: Task(tokio::spawn(task.run())),
+            _endpoint: self.clone(),
+        })
+    }
+}
+
+/// What a session's search for a path needs, most of it from its grant.
+#[derive(Debug, Clone)]
+pub struct SessionConfig {
+    /// Session id.
+    pub session: SessionId,
+    /// The technician controls, the agent is controlled.
+    pub role: IceRole,
+    /// Device id of the other end: nobody else is let in.
+    pub peer: DeviceId,
+    /// ICE credentials of this end.
+    pub local: IceCredentials,
+    /// ICE credentials of the other end.
+    pub remote: IceCredentials,
+    /// `HOST:PORT` (UDP) each, the mediator first. Resolved here; IPv4 only.
+    pub stun_servers: Vec<String>,
+}
+
+/// One session's search for a path, and the connections that came of it. Dropping it ends the search
+/// and lets nobody in any more; connections handed out stay.
+pub struct DirectSession {
+    /// What happens.
+    pub events: mpsc::Receiver<DirectEvent>,
+    /// Tells the search what the session knows.
+    pub handle: DirectHandle,
+    _task: Task,
+    // Lives as long as any session.
+    _endpoint: Arc<DirectEndpoint>,
+}
+
+/// What a session should do or know.
+#[derive(Debug)]
+pub enum DirectEvent {
+    /// Give this to the peer's [`DirectHandle::handle_message`], by whatever way there is. It may be lost.
+    Message(Vec<u8>),
+    /// A connection with the session's peer, authenticated. On the technician's side the agent may yet
+    /// refuse; then the connection closes.
+    Connected {
+        /// The connection.
+        connection: Connection,
+        /// This end as the peer sees it, where known.
+        local: Option<SocketAddr>,
+    },
+    /// No path was found this time, or it could not be used. For logs.
+    Failed {
+        /// For people.
+        reason: String,
+        /// When the next attempt starts, from now, where this end knows.
+        retry: Option<Duration>,
+    },
+}
+
+/// Tells a [`DirectSession`] what the session knows. Never waits.
+#[derive(Debug, Clone)]
+pub struct DirectHandle {
+    commands: mpsc::Sender<Command>,
+}
+
+impl DirectHandle {
+    /// A message of the peer ([`DirectEvent::Message`]).
+    pub fn handle_message(&self, message: Vec<u8>) {
+        self.tell(Command::Message(message));
+    }
+
+    /// An address of the peer's socket as the mediator saw it.
+    pub fn peer_seen(&self, address: SocketAddr) {
+        self.tell(Command::PeerSeen(address));
+    }
+
+    /// The carrier over `connection` fell silent: the search starts again. A connection that closes is
+    /// noticed without this call. Says nothing about a connection that has taken its place since.
+    pub fn carrier_lost(&self, connection: &Connection, reason: &str) {
+        self.tell(Command::CarrierLost { connection: connection.stable_id(), reason: reason.to_owned() });
+    }
+
+    fn tell(&self, command: Command) {
+        // Only a flood of messages from the peer fills the queue: the harm is its own.
+        if self.commands.try_send(command).is_err() {
+            tracing::debug!("the search for a direct path is over or does not keep up");
+        }
+    }
+}
+
+/// Why there is no socket for direct paths.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// Every port of the range is taken.
+    #[error("no free UDP port in {first}-{last}; [p2p] ports sets the range")]
+    NoFreePort {
+        /// First port of the range.
+        first: u16,
+        /// Last port of the range.
+        last: u16,
+    },
+    /// The system refuses.
+    #[error("no UDP socket for direct paths: {0}")]
+    Socket(#[source] std::io::Error),
+    /// Key or certificate of this device cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+}
+
+/// Why a session cannot look for a direct path.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The mediator's fault.
+    #[error(transparent)]
+    Credentials(#[from] InvalidCredentials),
+    /// Key or certificate of this device cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+}
+
+/// A task that ends with its owner.
+struct Task(JoinHandle<()>);
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}

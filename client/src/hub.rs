@@ -1,0 +1,244 @@
+//! What an agent and a technician have in common: the control channel, the sessions on it, and the
+//! one UDP socket for direct paths.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::ops::RangeInclusive;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use adit_protocol::control::{Down, Grant, LiveSession, Up, Welcome};
+use adit_protocol::{DeviceId, SessionId};
+use adit_tunnel::session::End;
+use tokio::sync::{mpsc, oneshot};
+use tracing::{debug, warn};
+
+use crate::control::hello;
+use crate::control::maintain::{Control, NotConnected, State, maintain};
+use crate::direct::DirectEndpoint;
+use crate::identity::Identity;
+use crate::session::{self, Parts, SessionEvent};
+use crate::tunnel::Tunnel;
+use crate::via::Via;
+
+/// Messages about one session that may wait for it.
+const SESSION_QUEUE: usize = 64;
+/// How long the mediator may take to answer.
+const ANSWER: Duration = Duration::from_secs(10);
+/// Ports of the direct path while the mediator has not said which.
+const DEFAULT_PORTS: RangeInclusive<u16> = 40000..=41000;
+
+/// A device's connection to its organisation.
+pub struct Hub {
+    identity: Arc<Identity>,
+    control: Control,
+    sessions: Sessions,
+    requests: Arc<Mutex<HashMap<u64, oneshot::Sender<Down>>>>,
+    next_request: AtomicU64,
+    direct: Mutex<Option<Arc<DirectEndpoint>>>,
+    _reader: tokio::task::JoinHandle<()>,
+}
+
+type Sessions = Arc<Mutex<HashMap<SessionId, Entry>>>;
+
+struct Entry {
+    peer: DeviceId,
+    downs: mpsc::Sender<Down>,
+}
+
+/// A session that is running.
+pub struct OpenSession {
+    /// Its id.
+    pub id: SessionId,
+    /// Name of the other end.
+    pub peer_name: String,
+    /// This end of its tunnel.
+    pub tunnel: Tunnel,
+    /// What happens to it.
+    pub events: mpsc::Receiver<SessionEvent>,
+}
+
+/// Why a request has no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum RequestError {
+    /// There is no control channel.
+    #[error(transparent)]
+    NotConnected(#[from] NotConnected),
+    /// The mediator did not answer.
+    #[error("the mediator did not answer within {} s", ANSWER.as_secs())]
+    TimedOut,
+}
+
+impl Hub {
+    /// Connects, and keeps connected. Session offers (agents get them) come out of the receiver.
+    pub fn start(identity: Arc<Identity>) -> (Self, mpsc::Receiver<Grant>) {
+        let sessions = Sessions::default();
+        let live = sessions.clone();
+        let (control, downs) = maintain(identity.clone(), move || hello(live_sessions(&live)));
+        let (offers, receiver) = mpsc::channel(SESSION_QUEUE);
+        let requests = Arc::default();
+        let reader = tokio::spawn(read(downs, sessions.clone(), Arc::clone(&requests), offers));
+        let hub = Self {
+            identity,
+            control,
+            sessions,
+            requests,
+            next_request: AtomicU64::new(1),
+            direct: Mutex::new(None),
+            _reader: reader,
+        };
+        (hub, receiver)
+    }
+
+    /// The control channel.
+    pub fn control(&self) -> &Control {
+        &self.control
+    }
+
+    /// Who this device is.
+    pub fn identity(&self) -> &Arc<Identity> {
+        &self.identity
+    }
+
+    /// Asks the mediator something; `message` is given the request's number.
+    ///
+    /// # Errors
+    /// [`RequestError`].
+    pub async fn request(&self, message: impl FnOnce(u64) -> Up) -> Result<Down, RequestError> {
+        let number = self.next_request.fetch_add(1, Ordering::Relaxed);
+        let (sender, receiver) = oneshot::channel();
+        lock(&self.requests).insert(number, sender);
+        let answer = async {
+            self.control.send(message(number)).await?;
+            receiver.await.map_err(|_| NotConnected)
+        };
+        let answer = tokio::time::timeout(ANSWER, answer).await;
+        lock(&self.requests).remove(&number);
+        Ok(answer.map_err(|_| RequestError::TimedOut)??)
+    }
+
+    /// Starts this end of a session that was granted. `None`: the grant makes no sense.
+    pub fn open_session(&self, end: End, grant: Grant, via: Via) -> Option<OpenSession> {
+        let id = SessionId::try_from(&grant.session[..]).ok()?;
+        let peer = DeviceId::try_from(&grant.peer[..]).ok()?;
+        let welcome = match &*self.control.state().borrow() {
+            State::Connected(welcome) => welcome.clone(),
+            _ => Arc::default(),
+        };
+        let (sender, downs) = mpsc::channel(SESSION_QUEUE);
+        lock(&self.sessions).insert(id, Entry { peer, downs: sender });
+        let peer_name = grant.peer_name.clone();
+        let (tunnel, mut inner) = session::start(Parts {
+            identity: self.identity.clone(),
+            end,
+            id,
+            peer,
+            via,
+            control: self.control.clone(),
+            direct: if via.wants_direct() { self.direct_endpoint(&welcome) } else { None },
+            stun: welcome.stun.clone(),
+            downs,
+            grant,
+        });
+        // The session is forgotten here when it is over there.
+        let (outer, events) = mpsc::channel(SESSION_QUEUE);
+        let sessions = self.sessions.clone();
+        tokio::spawn(async move {
+            loop {
+                let event = tokio::select! {
+                    event = inner.recv() => event,
+                    () = outer.closed() => None,
+                };
+                let Some(event) = event else { break };
+                if outer.send(event).await.is_err() {
+                    break;
+                }
+            }
+            lock(&sessions).remove(&id);
+        });
+        Some(OpenSession { id, peer_name, tunnel, events })
+    }
+
+    /// The one UDP socket, bound when it is first needed.
+    fn direct_endpoint(&self, welcome: &Welcome) -> Option<Arc<DirectEndpoint>> {
+        let mut direct = lock(&self.direct);
+        if direct.is_none() {
+            let ports = parse_ports(&welcome.p2p_ports).unwrap_or(DEFAULT_PORTS);
+            let loopback = welcome.stun.iter().any(|server| is_loopback(server));
+            match DirectEndpoint::bind(self.identity.clone(), ports, loopback) {
+                Ok(endpoint) => *direct = Some(endpoint),
+                Err(error) => warn!(%error, "no direct paths: sessions run on the relay"),
+            }
+        }
+        direct.clone()
+    }
+}
+
+impl Drop for Hub {
+    fn drop(&mut self) {
+        self._reader.abort();
+    }
+}
+
+/// Sorts what the mediator says: answers, session offers, and news of sessions.
+async fn read(
+    mut downs: mpsc::Receiver<Down>,
+    sessions: Sessions,
+    requests: Arc<Mutex<HashMap<u64, oneshot::Sender<Down>>>>,
+    offers: mpsc::Sender<Grant>,
+) {
+    while let Some(down) = downs.recv().await {
+        let (request, session) = match &down {
+            Down::Offer(grant) => {
+                if offers.try_send(grant.clone()).is_err() {
+                    warn!("too many sessions are offered at once");
+                }
+                continue;
+            }
+            Down::Welcome(_) => continue,
+            Down::Agents(agents) => (agents.request, None),
+            Down::Granted(grant) => (grant.request, None),
+            Down::Refused(refused) => (refused.request, None),
+            Down::Candidates(candidates) => (0, Some(&candidates.session)),
+            Down::Closed(closed) => (0, Some(&closed.session)),
+            Down::Tickets(tickets) => (0, Some(&tickets.session)),
+        };
+        if let Some(session) = session {
+            let id = SessionId::try_from(&session[..]).ok();
+            let sender = id.and_then(|id| lock(&sessions).get(&id).map(|entry| entry.downs.clone()));
+            if let Some(sender) = sender {
+                // A session that does not keep up loses candidates, which are said again.
+                let _ = sender.try_send(down);
+            }
+        } else if let Some(waiting) = lock(&requests).remove(&request) {
+            let _ = waiting.send(down);
+        } else {
+            debug!(request, "an answer that nobody waits for");
+        }
+    }
+}
+
+fn live_sessions(sessions: &Sessions) -> Vec<LiveSession> {
+    let live = |(id, entry): (&SessionId, &Entry)| LiveSession {
+        session: id.as_bytes().to_vec(),
+        peer: entry.peer.as_bytes().to_vec(),
+    };
+    lock(sessions).iter().map(live).collect()
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn parse_ports(text: &str) -> Option<RangeInclusive<u16>> {
+    let (first, last) = text.split_once('-')?;
+    let (first, last) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+    (first > 0 && first <= last).then_some(first..=last)
+}
+
+/// A server on this very machine: everything runs here, as in the demo.
+fn is_loopback(server: &str) -> bool {
+    let host = server.rsplit_once(':').map_or(server, |(host, _)| host).trim_matches(['[', ']']);
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}

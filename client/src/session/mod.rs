@@ -1,0 +1,362 @@
+//! Keeps one session's tunnel supplied with carriers, on either end.
+//!
+//! The relay is dialled at once and the direct path is sought at the same time; the tunnel moves up
+//! while data flows, and down again when the path dies. A relay leg that is lost is dialled again, with
+//! the ticket that is held for every granted relay, so that this works while the mediator is away.
+
+mod relays;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use adit_protocol::control::{self, Closed, Down, Grant, Renew, Up};
+use adit_protocol::{DeviceId, SessionId};
+use adit_tunnel::path::{Credentials, IceRole};
+use adit_tunnel::session::{CarrierId, CarrierKind, End, Reason};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tracing::{debug, info};
+
+use crate::control::maintain::{Control, State};
+use crate::direct::{DirectEndpoint, DirectEvent, DirectSession, SessionConfig};
+use crate::identity::Identity;
+use crate::tunnel::{CarrierInfo, Flow, Notice, Tunnel, TunnelStream, quic_carrier};
+use crate::via::Via;
+use relays::Relays;
+
+/// An agent keeps a session without any carrier for this long: longer than a laptop sleeps at lunch,
+/// shorter than for ever.
+const ABANDONED: Duration = Duration::from_secs(2 * 60 * 60);
+/// How long the carriers get to say goodbye.
+const GOODBYE: Duration = Duration::from_millis(500);
+
+/// What the owner of a session hears.
+#[derive(Debug)]
+pub enum SessionEvent {
+    /// The session is open and sends on this carrier; said at the start and at every change.
+    Tier {
+        /// Which, with its addresses and round trip.
+        carrier: CarrierInfo,
+        /// Why, for people.
+        reason: String,
+        /// Since the session was granted.
+        since_start: Duration,
+    },
+    /// Agent: the technician asks for a TCP target.
+    Incoming(TunnelStream, adit_protocol::Target),
+    /// Agent: the technician asks for a UDP target.
+    IncomingFlow(Flow, adit_protocol::Target),
+    /// The session is over.
+    Closed {
+        /// Why, for people.
+        reason: String,
+    },
+}
+
+/// What a session is made of.
+pub(crate) struct Parts {
+    pub(crate) identity: Arc<Identity>,
+    pub(crate) end: End,
+    pub(crate) id: SessionId,
+    pub(crate) peer: DeviceId,
+    pub(crate) grant: Grant,
+    pub(crate) via: Via,
+    pub(crate) control: Control,
+    /// `None`: no port of the range is free, or direct paths are not wanted.
+    pub(crate) direct: Option<Arc<DirectEndpoint>>,
+    pub(crate) stun: Vec<String>,
+    /// What the mediator says about this session.
+    pub(crate) downs: mpsc::Receiver<Down>,
+}
+
+/// Starts a session. It ends with [`Tunnel::close`], when the other end or the mediator ends it, or
+/// when the receiver of its events is dropped.
+pub(crate) fn start(parts: Parts) -> (Tunnel, mpsc::Receiver<SessionEvent>) {
+    let (tunnel, notices) = Tunnel::new(parts.end, parts.id);
+    let (events, receiver) = mpsc::channel(1024);
+    tokio::spawn(Runner::new(parts, tunnel.clone(), events).run(notices));
+    (tunnel, receiver)
+}
+
+struct Runner {
+    end: End,
+    id: SessionId,
+    control: Control,
+    tunnel: Tunnel,
+    events: mpsc::Sender<SessionEvent>,
+    relays: Option<Relays>,
+    direct: Option<DirectSession>,
+    downs: Option<mpsc::Receiver<Down>>,
+    quic: JoinSet<()>,
+    started: Instant,
+    expires: Option<Instant>,
+    /// The carrier that was told, and why the next one will be.
+    told: Option<CarrierId>,
+    active: Option<(CarrierId, String)>,
+    /// The tier in use before, for the reason of a move.
+    before: Option<CarrierKind>,
+    alone_since: Option<Instant>,
+    closing: Option<String>,
+}
+
+impl Runner {
+    fn new(parts: Parts, tunnel: Tunnel, events: mpsc::Sender<SessionEvent>) -> Self {
+        let now = Instant::now();
+        let direct = parts.direct.as_ref().filter(|_| parts.via.wants_direct()).map(|endpoint| {
+            endpoint.session(SessionConfig {
+                session: parts.id,
+                role: match parts.end {
+                    End::Technician => IceRole::Controlling,
+                    End::Agent => IceRole::Controlled,
+                },
+                peer: parts.peer,
+                local: credentials(parts.grant.local_ice.as_ref()),
+                remote: credentials(parts.grant.remote_ice.as_ref()),
+                stun_servers: parts.stun.clone(),
+            })
+        });
+        let relays = parts.via.wants_relay().then(|| {
+            Relays::new(parts.identity.clone(), parts.end, parts.peer, tunnel.clone(), parts.grant.relays)
+        });
+        Self {
+            end: parts.end,
+            id: parts.id,
+            control: parts.control,
+            tunnel,
+            events,
+            relays,
+            direct,
+            downs: Some(parts.downs),
+            quic: JoinSet::new(),
+            started: now,
+            expires: expiry(now, parts.grant.expires),
+            told: None,
+            active: None,
+            before: None,
+            alone_since: Some(now),
+            closing: None,
+        }
+    }
+
+    async fn run(mut self, mut notices: mpsc::Receiver<Notice>) {
+        let mut control_state = self.control.state();
+        while self.closing.is_none() {
+            let wants_tickets = self.relays.as_ref().is_some_and(Relays::wants_tickets);
+            tokio::select! {
+                notice = notices.recv() => match notice {
+                    Some(notice) => self.on_notice(notice).await,
+                    None => self.closing = Some("the tunnel is gone".to_owned()),
+                },
+                down = recv(&mut self.downs) => match down {
+                    Some(down) => self.on_down(down),
+                    None => self.downs = None,
+                },
+                event = direct_event(&mut self.direct) => self.on_direct(event),
+                () = relays_progress(&mut self.relays) => {}
+                Some(_) = self.quic.join_next() => {}
+                changed = control_state.changed(), if wants_tickets => {
+                    if changed.is_err() {
+                        // Without the control channel the session lives on what it has.
+                        control_state = self.control.state();
+                        tokio::time::sleep(Duration::from_secs(1)).await;
+                    }
+                }
+                () = sleep_until(self.deadline()) => self.on_deadline(),
+                () = self.events.closed() => self.tunnel.close("closed by its user"),
+            }
+            let connected = matches!(*control_state.borrow_and_update(), State::Connected(_));
+            if connected && self.relays.as_mut().is_some_and(Relays::take_renewal) {
+                let renew = Up::Renew(Renew { session: self.id.as_bytes().to_vec() });
+                let _ = self.control.send(renew).await;
+            }
+            let alone = self.tunnel.carriers().is_empty();
+            self.alone_since = if alone { self.alone_since.or(Some(Instant::now())) } else { None };
+        }
+        self.end().await;
+    }
+
+    async fn on_notice(&mut self, notice: Notice) {
+        match notice {
+            Notice::Incoming(stream, target) => {
+                let _ = self.events.send(SessionEvent::Incoming(stream, target)).await;
+            }
+            Notice::IncomingFlow(flow, target) => {
+                let _ = self.events.send(SessionEvent::IncomingFlow(flow, target)).await;
+            }
+            Notice::Ready(_) => self.tell_tier().await,
+            Notice::Active(carrier, reason) => {
+                let reason = self.describe(carrier, reason);
+                self.active = Some((carrier, reason));
+                self.tell_tier().await;
+            }
+            Notice::Silent => {
+                debug!(session = %self.id, "nothing is heard on the only carrier");
+                self.relays.iter_mut().for_each(Relays::dial_all);
+            }
+            Notice::CarrierLost { kind, remote, reason } => {
+                info!(session = %self.id, carrier = kind.as_str(), reason, "carrier lost");
+                match (kind, &self.direct, remote) {
+                    (CarrierKind::Quic, Some(direct), Some(remote)) => direct.carrier_lost(remote, &reason),
+                    (CarrierKind::Quic, ..) => {}
+                    _ => self.relays.iter_mut().for_each(Relays::on_lost),
+                }
+            }
+            Notice::Message(message) => {
+                if let Some(direct) = &self.direct {
+                    direct.handle_message(message.to_vec());
+                }
+            }
+            Notice::Closed(reason) => self.closing = Some(reason),
+        }
+    }
+
+    fn on_down(&mut self, down: Down) {
+        match down {
+            Down::Candidates(candidates) => {
+                let Some(direct) = &self.direct else { return };
+                if !candidates.candidates.is_empty() {
+                    direct.handle_message(candidates.candidates);
+                }
+                if let Ok(seen) = candidates.seen.parse() {
+                    direct.peer_seen(seen);
+                }
+            }
+            Down::Tickets(tickets) => {
+                self.relays.iter_mut().for_each(|r| r.on_tickets(tickets.relays.clone()))
+            }
+            Down::Closed(closed) => self.tunnel.close(&closed.reason),
+            _ => {}
+        }
+    }
+
+    fn on_direct(&mut self, event: DirectEvent) {
+        match event {
+            DirectEvent::Message(message) => {
+                // By both ways: the mediator's is there first, the tunnel's is there without a mediator.
+                self.tunnel.send_message(message.clone());
+                let candidates = control::Candidates {
+                    session: self.id.as_bytes().to_vec(),
+                    candidates: message,
+                    seen: String::new(),
+                };
+                let control = self.control.clone();
+                tokio::spawn(async move { control.send(Up::Candidates(candidates)).await });
+            }
+            DirectEvent::Connected { connection, local } => {
+                debug!(session = %self.id, "direct path connected");
+                let tunnel = self.tunnel.clone();
+                self.quic.spawn(async move {
+                    quic_carrier::run(tunnel, connection, local).await;
+                });
+            }
+            DirectEvent::Failed { reason } => debug!(session = %self.id, reason, "no direct path for now"),
+        }
+    }
+
+    async fn tell_tier(&mut self) {
+        let Some((id, reason)) = &self.active else { return };
+        let Some(carrier) = self.tunnel.carrier(*id).filter(|carrier| carrier.ready) else { return };
+        if self.told != Some(*id) {
+            self.told = Some(*id);
+            self.before = Some(carrier.kind);
+            info!(session = %self.id, tier = carrier.kind.tier(), carrier = carrier.kind.as_str(), reason, "tier");
+            let (reason, since_start) = (reason.clone(), self.started.elapsed());
+            let _ = self.events.send(SessionEvent::Tier { carrier, reason, since_start }).await;
+        }
+    }
+
+    /// Why the tunnel moved, in the user's words.
+    fn describe(&self, to: CarrierId, reason: Reason) -> String {
+        let name = |kind: Option<CarrierKind>| match kind.map(CarrierKind::tier) {
+            Some("direct") => "direct path",
+            _ => "relay",
+        };
+        let to = self.tunnel.carrier(to).map(|carrier| carrier.kind);
+        match reason {
+            Reason::Opened | Reason::Better | Reason::Nominated if name(to) == "direct path" => {
+                "direct path confirmed".to_owned()
+            }
+            Reason::Opened => "session opened".to_owned(),
+            Reason::Better => "relay connected".to_owned(),
+            Reason::Nominated => "the technician's end moved".to_owned(),
+            Reason::Silent(time) => format!("{} silent for {} ms", name(self.before), time.as_millis()),
+            Reason::Lost => format!("{} lost", name(self.before)),
+        }
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        let abandoned = self.alone_since.filter(|_| self.end == End::Agent).map(|since| since + ABANDONED);
+        self.expires.into_iter().chain(abandoned).min()
+    }
+
+    fn on_deadline(&mut self) {
+        let expired = self.expires.is_some_and(|at| at <= Instant::now());
+        self.tunnel.close(if expired {
+            "the session has expired"
+        } else {
+            "the technician did not come back"
+        });
+    }
+
+    async fn end(mut self) {
+        let reason = self.closing.take().unwrap_or_default();
+        info!(session = %self.id, reason, "session closed");
+        let (bytes_sent, bytes_received) = self.tunnel.bytes();
+        let session = self.id.as_bytes().to_vec();
+        let closed = Closed { session, reason: reason.clone(), bytes_sent, bytes_received };
+        let _ = self.control.send(Up::Closed(closed)).await;
+        // Carriers end by themselves once they have said goodbye.
+        let goodbye = async {
+            while self.quic.join_next().await.is_some() {}
+            if let Some(relays) = &mut self.relays {
+                relays.finish().await;
+            }
+        };
+        let _ = tokio::time::timeout(GOODBYE, goodbye).await;
+        let _ = self.events.send(SessionEvent::Closed { reason }).await;
+    }
+}
+
+/// Agents and technicians agree on nothing without credentials: empty ones match no check.
+fn credentials(ice: Option<&control::IceCredentials>) -> Credentials {
+    let ice = ice.cloned().unwrap_or_default();
+    Credentials { ufrag: ice.ufrag, password: ice.password }
+}
+
+/// The moment of a wall-clock time, for a process that may sleep in between: good enough to end a
+/// session on the right day, and never before its time.
+fn expiry(now: Instant, expires: u64) -> Option<Instant> {
+    let wall = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).ok()?.as_secs();
+    (expires > 0).then(|| now + Duration::from_secs(expires.saturating_sub(wall)))
+}
+
+async fn recv(downs: &mut Option<mpsc::Receiver<Down>>) -> Option<Down> {
+    match downs {
+        Some(downs) => downs.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn direct_event(direct: &mut Option<DirectSession>) -> DirectEvent {
+    match direct {
+        Some(direct) => match direct.events.recv().await {
+            Some(event) => event,
+            None => std::future::pending().await,
+        },
+        None => std::future::pending().await,
+    }
+}
+
+async fn relays_progress(relays: &mut Option<Relays>) {
+    match relays {
+        Some(relays) => relays.progress().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn sleep_until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,254 @@
+//! The relay legs of one session: which are dialled, when, and with which tickets.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use adit_protocol::DeviceId;
+use adit_protocol::control::RelayTicket;
+use adit_tunnel::session::{CarrierKind, End};
+use rustls::{ClientConfig, ServerConfig};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
+use tracing::debug;
+
+use crate::identity::Identity;
+use crate::leg::{self, Leg, RelayRefused};
+use crate::tls;
+use crate::tunnel::{Tunnel, byte_carrier};
+
+/// The first relay has this long before the others are dialled, too.
+const HEAD_START: Duration = Duration::from_secs(2);
+/// Connecting, waiting for the other leg (a relay waits 10 s), and the handshake.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(20);
+/// More relays than a mediator grants.
+const MAX_RELAYS: usize = 8;
+/// Pauses between attempts while nothing comes of them; then the last one again and again.
+const PAUSES: [u64; 7] = [200, 500, 1_000, 2_000, 5_000, 10_000, 30_000];
+
+pub(super) struct Relays {
+    dialler: Arc<Dialler>,
+    relays: Vec<Relay>,
+    tasks: JoinSet<(usize, Outcome)>,
+    /// Legs that are being dialled or run.
+    running: usize,
+    /// Attempts since a leg was last paired.
+    attempts: usize,
+    /// When to dial: whom, is decided then.
+    dial_at: Option<Instant>,
+    /// Not only the first one.
+    all: bool,
+    renewal: bool,
+}
+
+struct Relay {
+    id: Vec<u8>,
+    ticket: Option<RelayTicket>,
+    dialling: bool,
+}
+
+enum Outcome {
+    /// Both legs are there: the ticket is spent, the carrier runs in the task returned.
+    Paired(TlsStream<Leg>),
+    /// The ticket is of no use any more.
+    Spent(String),
+    Failed(String),
+    /// The carrier has ended.
+    Ended,
+}
+
+struct Dialler {
+    identity: Arc<Identity>,
+    tunnel: Tunnel,
+    config: Result<Config, String>,
+}
+
+enum Config {
+    Technician(Arc<ClientConfig>),
+    Agent(Arc<ServerConfig>),
+}
+
+impl Relays {
+    pub(super) fn new(
+        identity: Arc<Identity>,
+        end: End,
+        peer: DeviceId,
+        tunnel: Tunnel,
+        tickets: Vec<RelayTicket>,
+    ) -> Self {
+        let config = match end {
+            End::Technician => tls::tunnel_client(&identity, peer).map(|c| Config::Technician(Arc::new(c))),
+            End::Agent => tls::tunnel_server(&identity, Some(peer)).map(|c| Config::Agent(Arc::new(c))),
+        };
+        let config = config.map_err(|error| error.to_string());
+        let relays = tickets.into_iter().map(Relay::new).collect();
+        Self {
+            dialler: Arc::new(Dialler { identity, tunnel, config }),
+            relays,
+            tasks: JoinSet::new(),
+            running: 0,
+            attempts: 0,
+            dial_at: Some(Instant::now()),
+            all: false,
+            renewal: false,
+        }
+    }
+
+    /// Goes on until something has changed. Cancel safe.
+    pub(super) async fn progress(&mut self) {
+        let due = async {
+            match self.dial_at {
+                Some(at) => tokio::time::sleep_until(at.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = due => self.dial(),
+            Some(done) = self.tasks.join_next() => match done {
+                Ok((index, outcome)) => self.on_outcome(index, outcome),
+                Err(error) => debug!(%error, "a relay leg's task failed"),
+            },
+        }
+    }
+
+    /// A relay leg that was a carrier is lost: both ends dial every relay that they have a ticket for.
+    pub(super) fn on_lost(&mut self) {
+        if self.running_carriers() == 0 {
+            self.dial_all();
+        }
+    }
+
+    /// Dials every relay for which there is a ticket, now.
+    pub(super) fn dial_all(&mut self) {
+        self.all = true;
+        self.dial_at = Some(Instant::now());
+    }
+
+    pub(super) fn on_tickets(&mut self, tickets: Vec<RelayTicket>) {
+        for ticket in tickets {
+            match self.relays.iter_mut().find(|relay| relay.id == ticket.relay) {
+                Some(relay) => relay.ticket = Some(ticket),
+                None if self.relays.len() < MAX_RELAYS => self.relays.push(Relay::new(ticket)),
+                None => {}
+            }
+        }
+        if self.running == 0 {
+            self.dial_at.get_or_insert_with(Instant::now);
+        }
+    }
+
+    /// Some ticket is spent and was not replaced yet.
+    pub(super) fn wants_tickets(&self) -> bool {
+        self.renewal
+    }
+
+    /// Whether to ask the mediator for tickets now.
+    pub(super) fn take_renewal(&mut self) -> bool {
+        std::mem::take(&mut self.renewal)
+    }
+
+    /// Waits until all carriers have ended.
+    pub(super) async fn finish(&mut self) {
+        while self.tasks.join_next().await.is_some() {}
+    }
+
+    fn running_carriers(&self) -> usize {
+        self.dialler.tunnel.carriers().iter().filter(|c| c.kind == CarrierKind::Relay).count()
+    }
+
+    fn dial(&mut self) {
+        self.dial_at = None;
+        let count = if self.all { self.relays.len() } else { 1 };
+        for index in 0..count.min(self.relays.len()) {
+            let relay = &mut self.relays[index];
+            if relay.dialling {
+                continue;
+            }
+            match relay.ticket.clone() {
+                Some(ticket) => {
+                    relay.dialling = true;
+                    self.running += 1;
+                    let dialler = self.dialler.clone();
+                    self.tasks.spawn(async move { (index, dialler.dial(ticket).await) });
+                }
+                None => self.renewal = true,
+            }
+        }
+        if !self.all && self.relays.len() > 1 && self.running_carriers() == 0 {
+            self.all = true;
+            self.dial_at = Some(Instant::now() + HEAD_START);
+        }
+    }
+
+    fn on_outcome(&mut self, index: usize, outcome: Outcome) {
+        let Some(relay) = self.relays.get_mut(index) else { return };
+        match outcome {
+            Outcome::Paired(connection) => {
+                (relay.dialling, relay.ticket) = (false, None);
+                (self.attempts, self.renewal, self.all) = (0, true, false);
+                self.dial_at = None;
+                let tunnel = self.dialler.tunnel.clone();
+                self.tasks.spawn(async move {
+                    let stream = connection.get_ref().0.stream();
+                    let (local, remote) = (stream.local_addr().ok(), stream.peer_addr().ok());
+                    byte_carrier::run(tunnel, CarrierKind::Relay, connection, local, remote).await;
+                    (index, Outcome::Ended)
+                });
+            }
+            Outcome::Ended => self.running -= 1,
+            Outcome::Spent(reason) => {
+                debug!(reason, "a ticket is of no use");
+                (relay.dialling, relay.ticket) = (false, None);
+                (self.running, self.renewal) = (self.running - 1, true);
+            }
+            Outcome::Failed(reason) => {
+                debug!(reason, "no relay leg");
+                relay.dialling = false;
+                self.running -= 1;
+            }
+        }
+        if self.running_carriers() == 0 && self.running == 0 && !self.dialler.tunnel.is_closed() {
+            self.all = true;
+            let pause = PAUSES[self.attempts.min(PAUSES.len() - 1)];
+            self.attempts += 1;
+            // Half of it is jitter, so that a relay's return is not a stampede.
+            let jittered = pause / 2 + rand::random_range(0..=pause / 2);
+            self.dial_at.get_or_insert(Instant::now() + Duration::from_millis(jittered));
+        }
+    }
+}
+
+impl Relay {
+    fn new(ticket: RelayTicket) -> Self {
+        Self { id: ticket.relay.clone(), ticket: Some(ticket), dialling: false }
+    }
+}
+
+impl Dialler {
+    async fn dial(&self, ticket: RelayTicket) -> Outcome {
+        match timeout(DIAL_TIMEOUT, self.connect(&ticket)).await {
+            Ok(Ok(connection)) => Outcome::Paired(connection),
+            Ok(Err(outcome)) => outcome,
+            Err(_) => Outcome::Failed("timed out".to_owned()),
+        }
+    }
+
+    async fn connect(&self, ticket: &RelayTicket) -> Result<TlsStream<Leg>, Outcome> {
+        let config = self.config.as_ref().map_err(|error| Outcome::Failed(error.clone()))?;
+        let leg = leg::dial(&self.identity, ticket).await.map_err(|e| Outcome::Failed(e.to_string()))?;
+        let connection = match config {
+            Config::Technician(config) => TlsConnector::from(config.clone())
+                .connect(tls::tunnel_server_name(), leg)
+                .await
+                .map(Into::into),
+            Config::Agent(config) => TlsAcceptor::from(config.clone()).accept(leg).await.map(Into::into),
+        };
+        connection.map_err(|error| match RelayRefused::of(&error) {
+            Some(RelayRefused::Known(
+                adit_protocol::leg::Status::NoPeer | adit_protocol::leg::Status::Busy,
+            ))
+            | None => Outcome::Failed(error.to_string()),
+            Some(refused) => Outcome::Spent(refused.to_string()),
+        })
+    }
+}

@@ -1,0 +1,151 @@
+//! The technician's side: lists agents and opens sessions with them.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use adit_protocol::Target;
+use adit_protocol::control::{AgentInfo, Down, List, Open, Refused, RefusedCode, Up};
+use adit_tunnel::session::End;
+
+use crate::control::maintain::State;
+use crate::exit::{Exit, Failure};
+use crate::hub::{Hub, OpenSession, RequestError};
+use crate::identity::Identity;
+use crate::via::Via;
+
+/// How long the mediator may take to be reached: all of its addresses, each with its own deadline.
+const CONNECT: Duration = Duration::from_secs(15);
+
+/// A technician's device with its control channel.
+pub struct Technician {
+    hub: Hub,
+}
+
+impl Technician {
+    /// Connects to the mediator. The channel is kept up from then on.
+    ///
+    /// # Errors
+    /// [`TechnicianError`]: the first attempt failed.
+    pub async fn connect(identity: Arc<Identity>) -> Result<Self, TechnicianError> {
+        let (hub, _no_offers) = Hub::start(identity);
+        let mut state = hub.control().state();
+        let first = state.wait_for(|state| !matches!(state, State::Connecting));
+        let failed = match tokio::time::timeout(CONNECT, first).await {
+            Ok(Ok(state)) => match &*state {
+                State::Disconnected { reason, exit } => {
+                    Some(TechnicianError::NoMediator { reason: reason.clone(), exit: *exit })
+                }
+                _ => None,
+            },
+            Ok(Err(_)) => Some(TechnicianError::Gone),
+            Err(_) => Some(TechnicianError::TimedOut),
+        };
+        drop(state);
+        failed.map_or(Ok(Self { hub }), Err)
+    }
+
+    /// The agents that this technician may reach, sorted by name.
+    ///
+    /// # Errors
+    /// [`TechnicianError`].
+    pub async fn list(&self) -> Result<Vec<AgentInfo>, TechnicianError> {
+        match self.hub.request(|request| Up::List(List { request })).await? {
+            Down::Agents(agents) => Ok(agents.agents),
+            Down::Refused(refused) => Err(TechnicianError::refused(refused)),
+            _ => Err(TechnicianError::Gone),
+        }
+    }
+
+    /// Opens a session with `agent`, a name or a device id. It is open, in the agent's word, when the
+    /// first tier is told.
+    ///
+    /// # Errors
+    /// [`TechnicianError`].
+    pub async fn open(
+        &self,
+        agent: &str,
+        targets: &[Target],
+        via: Via,
+    ) -> Result<OpenSession, TechnicianError> {
+        let open = |request| {
+            let targets = targets.iter().map(Target::to_string).collect();
+            Up::Open(Open { request, agent: agent.to_owned(), targets, via: via.as_str().to_owned() })
+        };
+        match self.hub.request(open).await? {
+            Down::Granted(grant) => {
+                self.hub.open_session(End::Technician, grant, via).ok_or(TechnicianError::Gone)
+            }
+            Down::Refused(refused) => Err(TechnicianError::refused(refused)),
+            _ => Err(TechnicianError::Gone),
+        }
+    }
+}
+
+/// Why the mediator did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum TechnicianError {
+    /// No control channel came about.
+    #[error("{reason}")]
+    NoMediator {
+        /// Why.
+        reason: String,
+        /// The code to end with.
+        exit: Exit,
+    },
+    /// It took too long.
+    #[error("the mediator did not answer within {} s", CONNECT.as_secs())]
+    TimedOut,
+    /// The channel was lost in between.
+    #[error("the connection to the mediator was lost")]
+    Gone,
+    /// The mediator said no.
+    #[error("{message}")]
+    Refused {
+        /// Kind of refusal.
+        code: RefusedCode,
+        /// The mediator's words.
+        message: String,
+    },
+}
+
+impl TechnicianError {
+    fn refused(refused: Refused) -> Self {
+        let message = refused.message.chars().filter(|c| !c.is_control()).take(1000).collect();
+        Self::Refused { code: refused.code(), message }
+    }
+}
+
+impl From<RequestError> for TechnicianError {
+    fn from(error: RequestError) -> Self {
+        match error {
+            RequestError::NotConnected(_) => Self::Gone,
+            RequestError::TimedOut => Self::TimedOut,
+        }
+    }
+}
+
+impl Failure for TechnicianError {
+    fn exit(&self) -> Exit {
+        match self {
+            Self::NoMediator { exit, .. } => *exit,
+            Self::TimedOut => Exit::TimedOut,
+            Self::Gone => Exit::Unreachable,
+            Self::Refused { code, .. } => match code {
+                RefusedCode::UnknownAgent | RefusedCode::AgentRefused | RefusedCode::NotPermitted => {
+                    Exit::Refused
+                }
+                RefusedCode::AgentOffline | RefusedCode::NoRelay => Exit::Unreachable,
+                RefusedCode::Unspecified | RefusedCode::Unavailable => Exit::Failed,
+            },
+        }
+    }
+
+    fn remedy(&self) -> Option<String> {
+        match self {
+            Self::NoMediator { .. } | Self::TimedOut | Self::Gone => {
+                Some("check that the mediator runs and that no firewall blocks the way".to_owned())
+            }
+            Self::Refused { .. } => None,
+        }
+    }
+}

@@ -1,0 +1,55 @@
+//! Which tiers a technician wants.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// `--via`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Via {
+    /// The relay at once, the direct path as soon as there is one.
+    #[default]
+    Auto,
+    /// The direct path or nothing.
+    Direct,
+    /// The relay only.
+    Relay,
+}
+
+impl Via {
+    /// The name on the command line and on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Via::Auto => "auto",
+            Via::Direct => "direct",
+            Via::Relay => "relay",
+        }
+    }
+
+    /// Whether a direct path is sought.
+    pub fn wants_direct(self) -> bool {
+        self != Via::Relay
+    }
+
+    /// Whether a relay is dialled.
+    pub fn wants_relay(self) -> bool {
+        self != Via::Direct
+    }
+}
+
+impl fmt::Display for Via {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for Via {
+    type Err = UnknownVia;
+    fn from_str(text: &str) -> Result<Self, UnknownVia> {
+        [Via::Auto, Via::Direct, Via::Relay].into_iter().find(|via| via.as_str() == text).ok_or(UnknownVia)
+    }
+}
+
+/// A tier that this version does not have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("expected auto, direct or relay")]
+pub struct UnknownVia;

@@ -1,0 +1,181 @@
+//! The audit log: one JSON object a line, on the disk before what it tells of happens.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, SeekFrom, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use serde::Serialize;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
+
+use crate::error::Error;
+
+/// Records that may wait for the disk. More are refused.
+const QUEUE: usize = 256;
+/// Records that one flush takes along.
+const BATCH: usize = 64;
+/// How long the disk may take.
+const DEADLINE: Duration = Duration::from_secs(5);
+
+/// One line.
+#[derive(Debug, Serialize)]
+pub struct Record<'a> {
+    /// Seconds since 1970-01-01 UTC.
+    pub time: u64,
+    /// `grant`, `refused`, `closed`, `restored`, `enrolled`.
+    pub event: &'a str,
+    /// Session id.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub session: Option<String>,
+    /// Technician: device id and name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub technician: Option<Party<'a>>,
+    /// Agent: device id and name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agent: Option<Party<'a>>,
+    /// What the technician says it wants.
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    pub targets: &'a [String],
+    /// Which tiers the technician wants; empty: any.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub via: &'a str,
+    /// For people.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub reason: &'a str,
+    /// Role of the device that said how many bytes there were.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub counted_by: Option<&'a str>,
+    /// Payload bytes that device sent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes_sent: Option<u64>,
+    /// Payload bytes that device received.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes_received: Option<u64>,
+}
+
+/// A device in the audit log.
+#[derive(Debug, Serialize)]
+pub struct Party<'a> {
+    /// Device id.
+    pub id: String,
+    /// Its name.
+    pub name: &'a str,
+}
+
+impl<'a> Record<'a> {
+    /// A record of `event` at `time` with nothing else in it.
+    pub fn new(event: &'a str, time: u64) -> Self {
+        Self {
+            time,
+            event,
+            session: None,
+            technician: None,
+            agent: None,
+            targets: &[],
+            via: "",
+            reason: "",
+            counted_by: None,
+            bytes_sent: None,
+            bytes_received: None,
+        }
+    }
+}
+
+/// Handle on the writer, which ends with the last clone.
+#[derive(Debug, Clone)]
+pub struct Audit {
+    queue: mpsc::Sender<Job>,
+}
+
+type Job = (Vec<u8>, oneshot::Sender<bool>);
+
+impl Audit {
+    /// Opens the log for appending.
+    ///
+    /// # Errors
+    /// [`Error::Audit`].
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let file = OpenOptions::new().create(true).append(true).open(path);
+        let file = file.map_err(|error| Error::Audit { path: path.to_owned(), error })?;
+        let (queue, jobs) = mpsc::channel(QUEUE);
+        tokio::task::spawn_blocking(move || write_all(file, jobs));
+        Ok(Self { queue })
+    }
+
+    /// Returns once the record is on the disk.
+    ///
+    /// # Errors
+    /// [`NotWritten`]: it is not, or too many wait.
+    pub async fn write(&self, record: &Record<'_>) -> Result<(), NotWritten> {
+        let mut line = serde_json::to_vec(record).map_err(|_| NotWritten)?;
+        line.push(b'\n');
+        let (done, written) = oneshot::channel();
+        self.queue.try_send((line, done)).map_err(|_| NotWritten)?;
+        match timeout(DEADLINE, written).await {
+            Ok(Ok(true)) => Ok(()),
+            _ => Err(NotWritten),
+        }
+    }
+}
+
+/// The audit record could not be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the audit record could not be written")]
+pub struct NotWritten;
+
+fn write_all(mut file: File, mut jobs: mpsc::Receiver<Job>) {
+    let mut batch = Vec::with_capacity(BATCH);
+    while let Some(job) = jobs.blocking_recv() {
+        batch.push(job);
+        while batch.len() < BATCH
+            && let Ok(job) = jobs.try_recv()
+        {
+            batch.push(job);
+        }
+        let written = append(&mut file, &batch);
+        if let Err(error) = &written {
+            tracing::error!(%error, "the audit log cannot be written: no session is granted");
+        }
+        for (_, done) in batch.drain(..) {
+            let _ = done.send(written.is_ok());
+        }
+    }
+}
+
+/// All lines of the batch, or none.
+fn append(file: &mut File, batch: &[Job]) -> io::Result<()> {
+    let before = file.seek(SeekFrom::End(0))?;
+    let lines: Vec<u8> = batch.iter().flat_map(|(line, _)| line).copied().collect();
+    let written = file.write_all(&lines).and_then(|()| file.sync_data());
+    if written.is_err() {
+        // Half a line would spoil the next one.
+        let _ = file.set_len(before);
+    }
+    written
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn lines_are_there_when_write_returns() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("audit.jsonl");
+        let audit = Audit::open(&path).expect("opens");
+        for time in 0..3 {
+            audit.write(&Record::new("grant", time)).await.expect("writes");
+            let text = std::fs::read_to_string(&path).expect("reads");
+            assert_eq!(text.lines().count() as u64, time + 1);
+            assert_eq!(text.lines().last(), Some(format!(r#"{{"time":{time},"event":"grant"}}"#).as_str()));
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn a_full_disk_is_reported() {
+        let audit = Audit::open(Path::new("/dev/full")).expect("opens");
+        assert_eq!(audit.write(&Record::new("grant", 0)).await, Err(NotWritten));
+    }
+}

@@ -1,0 +1,176 @@
+//! The mediator's side of one control channel, from the TLS handshake to its end.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use adit_client::control::{Heartbeat, Incoming, PATH, wire};
+use adit_client::identity::Peer;
+use adit_protocol::control::{
+    Agents, Down, Hello, Refused, RefusedCode, RelayUp, ToDevice, ToMediator, Up, Welcome,
+};
+use adit_protocol::{PROTOCOL_VERSION, Role};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::timeout;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::handshake::server::{ErrorResponse, Request, Response};
+use tokio_tungstenite::tungstenite::http::StatusCode;
+use tracing::{debug, info, warn};
+
+use crate::broker::Broker;
+use crate::organisation::unix_now;
+use crate::presence::Channel;
+use crate::relays::Relay;
+use crate::store::Device;
+
+/// How long a device may take for the WebSocket handshake and for its `Hello`, each.
+const GREETING: Duration = Duration::from_secs(5);
+/// Longest name of a device's software that is kept, in bytes.
+const MAX_SOFTWARE: usize = 64;
+
+/// What every device is told in its welcome.
+pub struct Greeting {
+    /// STUN and handshake servers, `HOST:PORT` each.
+    pub stun: Vec<String>,
+    /// Ports of the direct path.
+    pub p2p_ports: String,
+    /// Key that signs tickets.
+    pub ticket_key: [u8; 32],
+}
+
+/// Serves a device until its channel ends. `peer` is what its verified certificate says.
+pub async fn serve<S>(stream: S, peer: Peer, broker: Arc<Broker>, greeting: Arc<Greeting>)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let Ok(Some(socket)) = timeout(GREETING, upgrade(stream)).await else { return };
+    let (outgoing, mut incoming) = wire::pump::<_, ToDevice, ToMediator>(socket, Heartbeat::default());
+    let Some(hello) = hello(&mut incoming).await else { return };
+    let device = match admit(&peer, &broker).await {
+        Ok(device) => Arc::new(device),
+        Err(refused) => {
+            info!(device = %peer.device_id, reason = refused.message, "channel refused");
+            let _ = outgoing.send(ToDevice { message: Some(Down::Refused(refused)) }).await;
+            return;
+        }
+    };
+    let channel = broker.presence.channel(device.clone(), outgoing);
+    let software: String = hello.software.chars().filter(|c| !c.is_control()).take(MAX_SOFTWARE).collect();
+    note_seen(&broker, &device, &software).await;
+    // The welcome is the first message, and whoever has got it can be found.
+    channel.send(Down::Welcome(welcome(&device, &broker, &greeting)));
+    broker.presence.join(channel.clone());
+    info!(device = %device.id, role = %device.role, name = device.name, software, "device is online");
+    broker.hello(&channel, &hello.sessions).await;
+
+    converse(&mut incoming, &channel, &broker).await;
+
+    broker.gone(&channel);
+    note_seen(&broker, &device, &software).await;
+    info!(device = %device.id, role = %device.role, name = device.name, "channel is closed");
+}
+
+async fn converse(incoming: &mut Incoming<ToMediator>, channel: &Channel, broker: &Arc<Broker>) {
+    loop {
+        let message = tokio::select! {
+            message = incoming.recv() => message,
+            () = channel.closed() => return,
+        };
+        let message = match message {
+            Some(Ok(ToMediator { message })) => message,
+            Some(Err(ended)) => return debug!(reason = %ended, "channel ended"),
+            None => return,
+        };
+        let device = &channel.device;
+        match message {
+            Some(Up::List(list)) => {
+                let answer = match broker.list(device).await {
+                    Ok(agents) => Down::Agents(Agents { request: list.request, agents }),
+                    Err(denied) => denied.into_message(list.request),
+                };
+                channel.send(answer);
+            }
+            Some(Up::Open(open)) => broker.open(channel, open).await,
+            Some(Up::Answer(answer)) => broker.answer(device, answer).await,
+            Some(Up::Candidates(candidates)) => broker.candidates(device, candidates),
+            Some(Up::Closed(closed)) => broker.closed(device, closed).await,
+            Some(Up::Renew(renew)) => broker.renew(device, &renew.session),
+            Some(Up::RelayUp(up)) => relay_up(channel, broker, up).await,
+            // `Hello` comes once; the rest is of a later version.
+            Some(Up::Hello(_)) | None => {}
+        }
+    }
+}
+
+async fn relay_up(channel: &Channel, broker: &Broker, up: RelayUp) {
+    let relay = Relay {
+        id: channel.device.id,
+        epoch: up.epoch,
+        addresses: up.addresses,
+        stun: up.stun,
+        channel: Some(channel.id),
+    };
+    if channel.device.role == Role::Relay && relay.is_sane() {
+        broker.relay_up(relay).await;
+    } else {
+        warn!(device = %channel.device.id, "not acceptable as a relay");
+    }
+}
+
+async fn hello(incoming: &mut Incoming<ToMediator>) -> Option<Hello> {
+    match timeout(GREETING, incoming.recv()).await {
+        Ok(Some(Ok(ToMediator { message: Some(Up::Hello(hello)) }))) => Some(hello),
+        _ => None,
+    }
+}
+
+/// The certificate is good; now the database says whether the device is still one of ours.
+async fn admit(peer: &Peer, broker: &Broker) -> Result<Device, Refused> {
+    let refused =
+        |code: RefusedCode, message: &str| Refused { request: 0, code: code.into(), message: message.into() };
+    let known = broker.store.device(peer.device_id).await.map_err(|error| {
+        warn!(%error, "the database failed");
+        refused(RefusedCode::Unavailable, "the mediator's database failed: the operator checks its disk")
+    })?;
+    known.filter(|device| device.public_key == peer.public_key && device.role == peer.role).ok_or_else(|| {
+        refused(
+            RefusedCode::NotPermitted,
+            "this mediator does not know this device: enrol it again with a new token",
+        )
+    })
+}
+
+fn welcome(device: &Device, broker: &Broker, greeting: &Greeting) -> Welcome {
+    let mut stun = greeting.stun.clone();
+    stun.extend(broker.relays.stun());
+    Welcome {
+        protocol_version: PROTOCOL_VERSION,
+        software: concat!("adit-mediator ", env!("CARGO_PKG_VERSION")).to_owned(),
+        name: device.name.clone(),
+        stun,
+        p2p_ports: greeting.p2p_ports.clone(),
+        ticket_key: if device.role == Role::Relay { greeting.ticket_key.to_vec() } else { vec![] },
+    }
+}
+
+async fn note_seen(broker: &Broker, device: &Device, software: &str) {
+    if let Err(error) = broker.store.seen(device.id, software, unix_now()).await {
+        warn!(%error, "the database failed");
+    }
+}
+
+async fn upgrade<S>(stream: S) -> Option<WebSocketStream<S>>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    #[expect(clippy::result_large_err, reason = "tungstenite's signature")]
+    let only_our_path = |request: &Request, response: Response| {
+        if request.uri().path() == PATH {
+            return Ok(response);
+        }
+        let mut refusal = ErrorResponse::new(None);
+        *refusal.status_mut() = StatusCode::NOT_FOUND;
+        Err(refusal)
+    };
+    let config = Some(wire::websocket_config());
+    tokio_tungstenite::accept_hdr_async_with_config(stream, only_our_path, config).await.ok()
+}

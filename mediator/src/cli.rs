@@ -1,0 +1,164 @@
+//! The command line of `adit-mediator`.
+
+use std::path::PathBuf;
+
+use adit_client::exit::Failure;
+use adit_protocol::Role;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::config::parse_hosts;
+use crate::error::Error;
+use crate::organisation::Organisation;
+use crate::server::Mediator;
+use crate::token::{self, Wanted};
+
+/// The mediator of adit: identities, presence, brokering, STUN.
+#[derive(Debug, Parser)]
+#[command(name = "adit-mediator", version, arg_required_else_help = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a new organisation: root key, server certificate, configuration file.
+    #[command(
+        after_help = "Example: adit-mediator init --data /var/lib/adit-mediator --host adit.example.org"
+    )]
+    Init(Init),
+    /// Run the mediator.
+    #[command(after_help = "Example: adit-mediator run --data /var/lib/adit-mediator")]
+    Run(Run),
+    /// Make an enrolment token and print it.
+    #[command(after_help = "Example: adit-mediator token --role agent --tag site=berlin")]
+    Token(Token),
+}
+
+/// Arguments of `init`.
+#[derive(Debug, Args)]
+pub struct Init {
+    #[command(flatten)]
+    data: Data,
+    /// Names and addresses that clients use to reach this server.
+    #[arg(long = "host", value_name = "NAME_OR_IP[,…]", required = true)]
+    hosts: Vec<String>,
+}
+
+/// Arguments of `run`.
+#[derive(Debug, Args)]
+pub struct Run {
+    #[command(flatten)]
+    data: Data,
+    /// Whether to run an embedded relay.
+    #[arg(long, value_name = "on|off", default_value = "on", env = "ADIT_RELAY")]
+    relay: Switch,
+}
+
+/// Arguments of `token`.
+#[derive(Debug, Args)]
+pub struct Token {
+    #[command(flatten)]
+    data: Data,
+    /// What the token enrols: agent, technician or relay.
+    #[arg(long)]
+    role: Role,
+    /// How long it can be used: 90s, 30m, 1h, 7d.
+    #[arg(long, default_value = "1h")]
+    ttl: String,
+    /// How many devices it enrols.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    uses: u32,
+    /// Tag of the device. A technician reaches the agents that carry all tags of its token.
+    #[arg(long = "tag", value_name = "KEY=VALUE")]
+    tags: Vec<String>,
+    /// A technician that reaches every agent.
+    #[arg(long)]
+    all_agents: bool,
+}
+
+#[derive(Debug, Args)]
+struct Data {
+    /// State directory.
+    #[arg(long = "data", value_name = "DIR", env = "ADIT_DATA", default_value = "/var/lib/adit-mediator")]
+    dir: PathBuf,
+}
+
+/// On or off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Switch {
+    /// Yes.
+    On,
+    /// No.
+    Off,
+}
+
+/// Does what the command line says.
+///
+/// # Errors
+/// What [`adit_client::exit::report`] makes text of.
+pub async fn run(cli: Cli) -> Result<(), Box<dyn Failure>> {
+    let done = match cli.command {
+        Command::Init(arguments) => init(&arguments),
+        Command::Run(arguments) => serve(&arguments).await,
+        Command::Token(arguments) => make_token(arguments).await,
+    };
+    done.map_err(|error| Box::new(error) as Box<dyn Failure>)
+}
+
+fn init(arguments: &Init) -> Result<(), Error> {
+    let dir = &arguments.data.dir;
+    Organisation::init(dir, &parse_hosts(&arguments.hosts)?)?;
+    eprintln!("made a new organisation in {}", dir.display());
+    eprintln!("settings: {}", dir.join(crate::config::FILE).display());
+    eprintln!(
+        "next: adit-mediator run --data {0}, and adit-mediator token --data {0} --role agent",
+        dir.display()
+    );
+    Ok(())
+}
+
+async fn serve(arguments: &Run) -> Result<(), Error> {
+    let stop = stop_signal();
+    let organisation = Organisation::load(&arguments.data.dir)?;
+    let mediator = Mediator::bind(organisation, arguments.relay == Switch::On).await?;
+    mediator.run(stop).await
+}
+
+async fn make_token(arguments: Token) -> Result<(), Error> {
+    let Token { data, role, ttl, uses, tags, all_agents } = arguments;
+    if role == Role::Technician && tags.is_empty() && !all_agents {
+        eprintln!("warning: without --tag and --all-agents this technician reaches no agent");
+    }
+    if role != Role::Technician && all_agents {
+        eprintln!("warning: --all-agents means nothing for the role {role}");
+    }
+    let wanted = Wanted { role, ttl: token::parse_ttl(&ttl)?, uses, tags, all_agents };
+    println!("{}", token::make(&data.dir, wanted).await?);
+    Ok(())
+}
+
+/// Ctrl-C, and SIGTERM where there is one. Caught from the call on, not only from the first poll.
+fn stop_signal() -> impl Future<Output = ()> {
+    #[cfg(unix)]
+    let terminate = {
+        use tokio::signal::unix::{SignalKind, signal};
+        let terminate = signal(SignalKind::terminate());
+        async move {
+            match terminate {
+                Ok(mut terminate) => terminate.recv().await,
+                Err(_) => std::future::pending().await,
+            }
+        }
+    };
+    #[cfg(not(unix))]
+    let terminate = std::future::pending::<Option<()>>();
+    async move {
+        tokio::select! {
+            _ = terminate => {}
+            _ = tokio::signal::ctrl_c() => {}
+        }
+    }
+}

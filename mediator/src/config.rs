@@ -1,0 +1,217 @@
+//! `config.toml`: every setting with its default, and reading it back.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::error::Error;
+
+/// Name of the file in the mediator's directory.
+pub const FILE: &str = "config.toml";
+
+/// Settings of a mediator.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Names and addresses that clients use.
+    pub hosts: Vec<String>,
+    /// What listens where.
+    #[serde(default)]
+    pub listen: Listen,
+    /// The direct path.
+    #[serde(default)]
+    pub p2p: P2p,
+    /// The redirector.
+    #[serde(default)]
+    pub redirector: Redirector,
+}
+
+/// Section `[listen]`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Listen {
+    /// STUN and the connection handshake (UDP).
+    pub udp: SocketAddr,
+    /// The embedded relay (TCP).
+    pub relay: SocketAddr,
+    /// Control channel and enrolment (TCP).
+    pub https: SocketAddr,
+    /// `/metrics`, `/healthz`, `/readyz` (TCP).
+    pub diagnostics: SocketAddr,
+}
+
+/// Section `[p2p]`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct P2p {
+    /// UDP ports of the direct path at the devices, `FIRST-LAST`.
+    pub ports: String,
+    /// Whether devices may probe with many sockets.
+    pub many_socket_probing: bool,
+}
+
+/// Section `[redirector]`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Redirector {
+    /// TCP ports, one for each granted session, `FIRST-LAST`.
+    pub ports: String,
+}
+
+impl Config {
+    /// Reads the file in `dir`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] names the file and what is wrong.
+    pub fn load(dir: &Path) -> Result<Self, Error> {
+        let path = dir.join(FILE);
+        let bad = |why: String| Error::Config { path: path.clone(), why };
+        let text = std::fs::read_to_string(&path).map_err(|error| bad(error.to_string()))?;
+        let config: Self = toml::from_str(&text).map_err(|error| bad(error.to_string().trim().to_owned()))?;
+        config.check(&path)?;
+        Ok(config)
+    }
+
+    /// `HOST:PORT` of each host, with the port that `address` listens on.
+    pub fn reached_at(&self, address: SocketAddr) -> Vec<String> {
+        self.hosts.iter().map(|host| with_port(host, address.port())).collect()
+    }
+
+    fn check(&self, path: &Path) -> Result<(), Error> {
+        let bad = |why: &str| Err(Error::Config { path: PathBuf::from(path), why: why.to_owned() });
+        if self.hosts.is_empty()
+            || self.hosts.len() > MAX_HOSTS
+            || !self.hosts.iter().all(|host| is_host(host))
+        {
+            return bad("hosts must name 1 to 8 host names or IP addresses");
+        }
+        if !is_range(&self.p2p.ports) {
+            return bad("[p2p] ports must be FIRST-LAST");
+        }
+        if !is_range(&self.redirector.ports) {
+            return bad("[redirector] ports must be FIRST-LAST");
+        }
+        Ok(())
+    }
+}
+
+/// The text of a new configuration file.
+pub fn template(hosts: &[String]) -> String {
+    let hosts = hosts.iter().map(|host| format!("{host:?}")).collect::<Vec<_>>().join(", ");
+    let Listen { udp, relay, https, diagnostics } = Listen::default();
+    let P2p { ports, many_socket_probing } = P2p::default();
+    let redirector = Redirector::default().ports;
+    format!(
+        r#"# Settings of this mediator, each with its default. A change takes effect at the next start.
+
+# Names and addresses that clients use to reach this server.
+hosts = [{hosts}]
+
+# "[::]:PORT" listens on IPv6 and IPv4, "0.0.0.0:PORT" on IPv4 only.
+[listen]
+# STUN and the connection handshake (UDP).
+udp = "{udp}"
+# The embedded relay (TCP).
+relay = "{relay}"
+# Control channel, enrolment, HTTPS (TCP).
+https = "{https}"
+# /metrics, /healthz and /readyz (TCP). Without authentication: keep it on a private address.
+diagnostics = "{diagnostics}"
+
+[p2p]
+# UDP ports that devices use for the direct path, FIRST-LAST.
+ports = "{ports}"
+# Whether devices may probe with many sockets to get through difficult NATs. To some firewalls that
+# looks like a scan.
+many_socket_probing = {many_socket_probing}
+
+[redirector]
+# TCP ports of the redirector, one for each granted session, FIRST-LAST.
+ports = "{redirector}"
+"#
+    )
+}
+
+/// Reads the hosts of `--host NAME_OR_IP[,…]`.
+///
+/// # Errors
+/// [`Error::Host`].
+pub fn parse_hosts(text: &[String]) -> Result<Vec<String>, Error> {
+    let hosts: Vec<String> =
+        text.iter().flat_map(|text| text.split(',')).map(|host| host.trim().to_owned()).collect();
+    match hosts.iter().find(|host| !is_host(host)) {
+        Some(host) => Err(Error::Host(host.clone())),
+        None if hosts.is_empty() || hosts.len() > MAX_HOSTS => Err(Error::Host(hosts.join(","))),
+        None => Ok(hosts),
+    }
+}
+
+const MAX_HOSTS: usize = 8;
+
+fn is_host(host: &str) -> bool {
+    let allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'-');
+    host.parse::<IpAddr>().is_ok() || (!host.is_empty() && host.len() <= 253 && host.bytes().all(allowed))
+}
+
+fn is_range(text: &str) -> bool {
+    let Some((first, last)) = text.split_once('-') else { return false };
+    matches!((first.parse::<u16>(), last.parse::<u16>()), (Ok(first), Ok(last)) if 0 < first && first <= last)
+}
+
+fn with_port(host: &str, port: u16) -> String {
+    match host.parse::<IpAddr>() {
+        Ok(ip) => SocketAddr::new(ip, port).to_string(),
+        Err(_) => format!("{host}:{port}"),
+    }
+}
+
+impl Default for Listen {
+    fn default() -> Self {
+        let all = |port| SocketAddr::from(([0, 0, 0, 0], port));
+        Self {
+            udp: all(adit_protocol::DEFAULT_RELAY_PORT),
+            relay: all(adit_protocol::DEFAULT_RELAY_PORT),
+            https: all(adit_protocol::DEFAULT_HTTPS_PORT),
+            diagnostics: SocketAddr::from(([127, 0, 0, 1], 9464)),
+        }
+    }
+}
+
+impl Default for P2p {
+    fn default() -> Self {
+        Self { ports: "40000-41000".into(), many_socket_probing: true }
+    }
+}
+
+impl Default for Redirector {
+    fn default() -> Self {
+        Self { ports: "49152-65535".into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_template_reads_back_as_the_defaults() {
+        let config: Config = toml::from_str(&template(&["a.example".into(), "::1".into()])).expect("reads");
+        assert_eq!(format!("{:?}", config.listen), format!("{:?}", Listen::default()));
+        assert_eq!(format!("{:?}", config.p2p), format!("{:?}", P2p::default()));
+        assert_eq!(config.reached_at(config.listen.https), ["a.example:443", "[::1]:443"]);
+        assert!(config.check(Path::new("x")).is_ok());
+    }
+
+    #[test]
+    fn bad_settings_are_refused() {
+        for text in
+            ["hosts = []", "hosts = ['a b']", "hosts = ['a']\n[p2p]\nports = '9-1'", "hosts = ['a']\nx = 1"]
+        {
+            let verdict = toml::from_str::<Config>(text).map(|config| config.check(Path::new("x")).is_ok());
+            assert!(!matches!(verdict, Ok(true)), "{text}");
+        }
+        assert!(parse_hosts(&["a,,b".into()]).is_err());
+        assert_eq!(parse_hosts(&["a, 10.0.0.1".into()]).expect("hosts"), ["a", "10.0.0.1"]);
+    }
+}

@@ -1,0 +1,275 @@
+//! A mediator that runs: what listens where, and the tasks behind it.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use adit_client::dial::tune;
+use adit_client::identity::Peer;
+use adit_client::tls;
+use adit_protocol::{ALPN_CONTROL, ALPN_ENROL};
+use adit_relay::diagnostics::{self, Readiness};
+use prometheus_client::registry::Registry;
+use rustls::ServerConfig;
+use rustls::server::Acceptor;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_rustls::LazyConfigAcceptor;
+use tracing::{debug, error, info};
+
+use crate::audit::Audit;
+use crate::broker::Broker;
+use crate::channel::{self, Greeting};
+use crate::config::{self, Config};
+use crate::enrolment::Enroller;
+use crate::error::Error;
+use crate::metrics;
+use crate::organisation::{AUDIT, DATABASE, Organisation};
+use crate::relays::Relay;
+use crate::store::Store;
+use crate::stun;
+
+/// Connections that have not shown a certificate or token yet.
+const MAX_UNAUTHENTICATED: usize = 512;
+/// From accepting a connection to its certificate, or to its enrolment's end.
+const AUTHENTICATE: Duration = Duration::from_secs(5);
+/// For a refused device to read the alert and hang up.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_BYTES: usize = 16 * 1024;
+/// Control channels at once.
+const MAX_CHANNELS: usize = 20_000;
+/// How long the listener rests when the system has no descriptor or memory for a connection.
+const REST: Duration = Duration::from_millis(100);
+
+/// A mediator whose sockets are bound.
+pub struct Mediator {
+    broker: Arc<Broker>,
+    doors: Arc<Doors>,
+    https: TcpListener,
+    udp: UdpSocket,
+    diagnostics: TcpListener,
+    registry: Registry,
+    relay: Option<(Arc<adit_relay::Relay>, TcpListener)>,
+}
+
+/// What is behind port 443, by ALPN.
+struct Doors {
+    control: Arc<ServerConfig>,
+    enrol: Arc<ServerConfig>,
+    broker: Arc<Broker>,
+    greeting: Arc<Greeting>,
+    enroller: Enroller,
+    channels: Arc<Semaphore>,
+}
+
+impl Mediator {
+    /// Opens database and audit log and binds everything, with an embedded relay or without.
+    ///
+    /// # Errors
+    /// [`Error`]; of a port that is taken with the setting to change.
+    pub async fn bind(organisation: Organisation, with_relay: bool) -> Result<Self, Error> {
+        let Organisation { dir, config, identity, ticket_key, relay_id } = &organisation;
+        let https = listen(dir, "https", config.listen.https).await?;
+        let diagnostics = listen(dir, "diagnostics", config.listen.diagnostics).await?;
+        let udp = config.listen.udp;
+        let udp = UdpSocket::bind(udp).await.map_err(|error| cannot_listen(dir, "udp", udp, error))?;
+        let seed = ticket_key.to_seed_and_public();
+        let seed = seed.map_err(|error| Error::Key { path: dir.join("ticket-key.pem"), error })?;
+        let store = Store::open(&dir.join(DATABASE)).await?;
+        let broker = Broker::new(store.clone(), Audit::open(&dir.join(AUDIT))?, seed);
+        let mut registry = Registry::default();
+        metrics::register(&mut registry, broker.clone());
+        let relay = if with_relay {
+            let relay = adit_relay::Relay::new(adit_relay::Config::new(*relay_id));
+            relay.set_ticket_key(ticket_key.public_key());
+            relay.register(&mut registry);
+            let listener = listen(dir, "relay", config.listen.relay).await?;
+            let addresses = config.reached_at(config.listen.relay);
+            let epoch = relay.epoch();
+            broker
+                .relay_up(Relay { id: *relay_id, epoch, addresses, stun: String::new(), channel: None })
+                .await;
+            Some((relay, listener))
+        } else {
+            None
+        };
+        let doors = Arc::new(Doors {
+            control: Arc::new(tls::control_server(identity)?),
+            enrol: Arc::new(tls::enrol_server(identity)?),
+            broker: broker.clone(),
+            greeting: Arc::new(greeting(config, ticket_key.public_key())),
+            enroller: Enroller {
+                store,
+                authority: organisation.authority()?,
+                servers: identity.servers.clone(),
+                ticket_key: ticket_key.public_key(),
+            },
+            channels: Arc::new(Semaphore::new(MAX_CHANNELS)),
+        });
+        info!(
+            https = %config.listen.https,
+            udp = %config.listen.udp,
+            relay = relay.as_ref().map(|_| config.listen.relay.to_string()),
+            diagnostics = %config.listen.diagnostics,
+            "ready"
+        );
+        Ok(Self { broker, doors, https, udp, diagnostics, registry, relay })
+    }
+
+    /// The broker, for what else runs in this process.
+    pub fn broker(&self) -> &Arc<Broker> {
+        &self.broker
+    }
+
+    /// Serves until `shutdown`, then closes everything.
+    ///
+    /// # Errors
+    /// When a listener breaks.
+    pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
+        let (stop, stopped) = watch::channel(());
+        let stopped = move || {
+            let mut stopped = stopped.clone();
+            async move {
+                let _ = stopped.changed().await;
+            }
+        };
+        let ready = Readiness::new();
+        ready.set(true);
+        let mut tasks: JoinSet<std::io::Result<()>> = JoinSet::new();
+        let registry = Arc::new(self.registry);
+        tasks.spawn(diagnostics::serve(self.diagnostics, registry, ready.clone(), stopped()));
+        tasks.spawn(stun::serve(self.udp, self.broker.clone()));
+        if let Some((relay, listener)) = self.relay {
+            let stopped = stopped();
+            tasks.spawn(async move {
+                relay.serve(listener, stopped).await;
+                Ok(())
+            });
+        }
+        let broker = self.broker.clone();
+        tasks.spawn(async move {
+            broker.look_after().await;
+            Ok(())
+        });
+        tasks.spawn(accept_all(self.https, self.doors));
+
+        let outcome = tokio::select! {
+            () = shutdown => Ok(()),
+            Some(ended) = tasks.join_next() => match ended {
+                Ok(Ok(())) => Err(Error::Io(std::io::Error::other("a part of the server ended"))),
+                Ok(Err(error)) => Err(Error::Io(error)),
+                Err(error) => Err(Error::Io(std::io::Error::other(error))),
+            },
+        };
+        if let Err(error) = &outcome {
+            error!(%error, "stopping");
+        }
+        ready.set(false);
+        drop(stop);
+        tasks.shutdown().await;
+        self.broker.store.close().await;
+        outcome
+    }
+}
+
+async fn accept_all(listener: TcpListener, doors: Arc<Doors>) -> std::io::Result<()> {
+    let unauthenticated = Arc::new(Semaphore::new(MAX_UNAUTHENTICATED));
+    // Dropped with this future: every connection ends with the listener.
+    let mut connections = JoinSet::new();
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => {
+                    tune(&stream);
+                    if let Ok(permit) = unauthenticated.clone().try_acquire_owned() {
+                        connections.spawn(doors.clone().enter(stream, permit));
+                    }
+                }
+                Err(error) => {
+                    debug!(%error, "accept failed");
+                    tokio::time::sleep(REST).await;
+                }
+            },
+            Some(_) = connections.join_next() => {}
+        }
+    }
+}
+
+impl Doors {
+    async fn enter(self: Arc<Self>, stream: TcpStream, permit: OwnedSemaphorePermit) {
+        match timeout(AUTHENTICATE, self.authenticate(stream)).await {
+            Ok(Ok(Some((stream, peer)))) => {
+                drop(permit);
+                if let Ok(_place) = self.channels.clone().try_acquire_owned() {
+                    channel::serve(stream, peer, self.broker.clone(), self.greeting.clone()).await;
+                }
+            }
+            Ok(Ok(None)) => {}
+            Ok(Err(error)) => debug!(%error, "connection refused"),
+            Err(_) => debug!("connection too slow"),
+        }
+    }
+
+    /// A device that has shown its certificate; `None` when there is nothing more to do.
+    async fn authenticate(
+        &self,
+        stream: TcpStream,
+    ) -> std::io::Result<Option<(tokio_rustls::server::TlsStream<TcpStream>, Peer)>> {
+        let hello = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
+        let offers = |wanted: &[u8]| {
+            hello.client_hello().alpn().is_some_and(|mut offered| offered.any(|alpn| alpn == wanted))
+        };
+        if offers(ALPN_CONTROL) {
+            let stream = match hello.into_stream(self.control.clone()).into_fallible().await {
+                Ok(stream) => stream,
+                Err((error, stream)) => {
+                    linger(stream).await;
+                    return Err(error);
+                }
+            };
+            let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+            let peer = certificate.and_then(|der| Peer::from_certificate(der).ok());
+            return Ok(peer.map(|peer| (stream, peer)));
+        }
+        if offers(ALPN_ENROL) {
+            let mut stream = hello.into_stream(self.enrol.clone()).await?;
+            self.enroller.serve(&mut stream).await?;
+        }
+        Ok(None)
+    }
+}
+
+/// A device that is refused has sent more already. Closing with that unread would be a reset, and the
+/// device would never read the alert that says why.
+async fn linger(mut stream: TcpStream) {
+    let drained = async {
+        let mut left = LINGER_BYTES;
+        let mut buffer = [0; 1024];
+        stream.shutdown().await?;
+        while left > 0 {
+            match stream.read(&mut buffer).await? {
+                0 => break,
+                count => left = left.saturating_sub(count),
+            }
+        }
+        Ok::<(), std::io::Error>(())
+    };
+    let _ = timeout(LINGER, drained).await;
+}
+
+fn greeting(config: &Config, ticket_key: [u8; 32]) -> Greeting {
+    Greeting { stun: config.reached_at(config.listen.udp), p2p_ports: config.p2p.ports.clone(), ticket_key }
+}
+
+async fn listen(dir: &Path, setting: &'static str, address: SocketAddr) -> Result<TcpListener, Error> {
+    TcpListener::bind(address).await.map_err(|error| cannot_listen(dir, setting, address, error))
+}
+
+fn cannot_listen(dir: &Path, setting: &'static str, address: SocketAddr, error: std::io::Error) -> Error {
+    Error::Listen { setting, config: dir.join(config::FILE), address, error }
+}

@@ -1,0 +1,405 @@
+//! The table of sessions: who belongs to which, and what each end still has to be told.
+//!
+//! A session lives until one of its ends says that it is over. Channels come and go in between: a tunnel
+//! outlives the mediator, and every channel of its ends.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use adit_protocol::control::{IceCredentials, LiveSession};
+use adit_protocol::{DeviceId, Role, SessionId};
+
+use crate::presence::{Channel, ChannelId};
+use crate::store::Device;
+
+/// Sessions that one mediator keeps.
+const MAX_SESSIONS: usize = 20_000;
+/// Sessions that one technician may have at once.
+const MAX_OF_TECHNICIAN: usize = 256;
+/// Sessions that one agent may have at once, and that a device may name when it comes back.
+const MAX_OF_AGENT: usize = 1024;
+/// How long a session whose two ends have both no channel is kept.
+const KEEP: Duration = Duration::from_secs(60 * 60);
+/// How long one end's word for a session that the mediator does not know is kept.
+const KEEP_CLAIM: Duration = Duration::from_secs(24 * 60 * 60);
+/// Within this time the two ends' wishes for new tickets are one wish.
+const SAME_WISH: Duration = Duration::from_secs(2);
+
+/// One end of a session.
+#[derive(Debug, Clone)]
+pub struct End {
+    /// Who.
+    pub device: Arc<Device>,
+    /// Where it is told of this session; `None` while it is away.
+    pub channel: Option<Channel>,
+    /// Its ICE credentials; `None` in a session that outlived the mediator that made them.
+    pub ice: Option<IceCredentials>,
+    /// From where its last handshake came.
+    pub seen: Option<SocketAddr>,
+}
+
+/// A session.
+#[derive(Debug, Clone)]
+pub struct Session {
+    /// Session id.
+    pub id: SessionId,
+    /// The one that asked for it.
+    pub technician: End,
+    /// The one that is reached.
+    pub agent: End,
+    /// Relays and boot epochs that both ends hold tickets for.
+    pub granted: Vec<(DeviceId, u64)>,
+    /// When those tickets were made.
+    pub ticketed: Instant,
+    /// Whose wish for new tickets was fulfilled last, for both.
+    wished: Option<(Role, Instant)>,
+    /// Since when both ends have been away.
+    away: Option<Instant>,
+}
+
+impl Session {
+    /// A session that begins now.
+    pub fn new(id: SessionId, technician: End, agent: End, now: Instant) -> Self {
+        Self { id, technician, agent, granted: vec![], ticketed: now, wished: None, away: None }
+    }
+
+    /// The end that has this role.
+    pub fn end(&self, role: Role) -> &End {
+        if role == Role::Agent { &self.agent } else { &self.technician }
+    }
+
+    /// The other end.
+    pub fn other(&self, role: Role) -> &End {
+        if role == Role::Agent { &self.technician } else { &self.agent }
+    }
+
+    fn end_mut(&mut self, role: Role) -> &mut End {
+        if role == Role::Agent { &mut self.agent } else { &mut self.technician }
+    }
+
+    fn belongs_to(&self, device: DeviceId, role: Role) -> bool {
+        self.end(role).device.id == device
+    }
+
+    fn attach(&mut self, role: Role, channel: &Channel) {
+        self.end_mut(role).channel = Some(channel.clone());
+        self.away = None;
+        // What was seen of the other end may have been lost with the old channel.
+        let other = if role == Role::Agent { &mut self.technician } else { &mut self.agent };
+        other.seen = None;
+    }
+}
+
+/// One end's word for a session that the mediator does not know (it was restarted).
+struct Claim {
+    channel: Channel,
+    peer: DeviceId,
+    since: Instant,
+}
+
+/// All sessions, and the claims on those that are not known yet.
+#[derive(Default)]
+pub struct Sessions {
+    live: HashMap<SessionId, Session>,
+    claims: HashMap<SessionId, Claim>,
+}
+
+/// What became of the sessions that a device named in its `Hello`.
+#[derive(Default)]
+pub struct Greeted {
+    /// Both ends named it, and it is known again.
+    pub restored: Vec<Session>,
+    /// Both ends named it, but this technician may not reach this agent (any more).
+    pub forbidden: Vec<(SessionId, Channel, Channel)>,
+    /// The agent does not know it (any more).
+    pub gone: Vec<Session>,
+}
+
+impl Sessions {
+    /// Keeps a new session, unless the table or one end's share is full.
+    pub fn insert(&mut self, session: Session) -> bool {
+        let same = |role: Role| {
+            let device = session.end(role).device.id;
+            self.live.values().filter(|other| other.end(role).device.id == device).count()
+        };
+        if self.live.len() >= MAX_SESSIONS
+            || same(Role::Technician) >= MAX_OF_TECHNICIAN
+            || same(Role::Agent) >= MAX_OF_AGENT
+        {
+            return false;
+        }
+        self.live.insert(session.id, session);
+        true
+    }
+
+    /// The session, when `device` is the end of it that its role says.
+    pub fn of(&self, id: SessionId, device: &Device) -> Option<&Session> {
+        self.live.get(&id).filter(|session| session.belongs_to(device.id, device.role))
+    }
+
+    /// The session, whoever asks.
+    pub fn get(&self, id: SessionId) -> Option<&Session> {
+        self.live.get(&id)
+    }
+
+    /// Takes a session out that `device` says is over.
+    pub fn remove(&mut self, id: SessionId, device: &Device) -> Option<Session> {
+        self.of(id, device)?;
+        self.live.remove(&id)
+    }
+
+    /// Drops the claim of the other end on a session that `device` says is over, and says where that
+    /// other end is.
+    pub fn drop_claim(&mut self, id: SessionId, device: &Device) -> Option<Channel> {
+        self.claims.get(&id).filter(|claim| claim.peer == device.id)?;
+        self.claims.remove(&id).map(|claim| claim.channel)
+    }
+
+    /// Takes note of the sessions that live at a device which has just come (back).
+    pub fn greet(&mut self, channel: &Channel, named: &[LiveSession], now: Instant) -> Greeted {
+        let device = &channel.device;
+        let mut greeted = Greeted::default();
+        let named: Vec<(SessionId, DeviceId)> = named
+            .iter()
+            .take(MAX_OF_AGENT)
+            .filter_map(|named| {
+                let session = SessionId::try_from(named.session.as_slice()).ok()?;
+                Some((session, DeviceId::try_from(named.peer.as_slice()).ok()?))
+            })
+            .collect();
+        // A technician has a channel for each command that runs, each with its own sessions; an agent
+        // that does not name a session has lost it.
+        if device.role == Role::Agent {
+            let gone: Vec<SessionId> = self
+                .live
+                .values()
+                .filter(|session| session.agent.device.id == device.id)
+                .map(|session| session.id)
+                .filter(|id| !named.iter().any(|(known, _)| known == id))
+                .collect();
+            greeted.gone.extend(gone.iter().filter_map(|id| self.live.remove(id)));
+        }
+        for (id, peer) in named {
+            match self.live.get_mut(&id) {
+                Some(session) if session.belongs_to(device.id, device.role) => {
+                    session.attach(device.role, channel)
+                }
+                Some(_) => {}
+                None => self.claim(id, peer, channel, now, &mut greeted),
+            }
+        }
+        greeted
+    }
+
+    /// A channel is gone: its sessions stay.
+    pub fn detach(&mut self, channel: ChannelId, now: Instant) {
+        for session in self.live.values_mut() {
+            for role in [Role::Technician, Role::Agent] {
+                let end = session.end_mut(role);
+                if end.channel.as_ref().is_some_and(|own| own.id == channel) {
+                    end.channel = None;
+                }
+            }
+            if session.technician.channel.is_none() && session.agent.channel.is_none() {
+                session.away.get_or_insert(now);
+            }
+        }
+        self.claims.retain(|_, claim| claim.channel.id != channel);
+    }
+
+    /// Whether this end's wish for new tickets is one to fulfil. It is not when the other end's was
+    /// fulfilled, for both, a moment ago.
+    pub fn wish(&mut self, id: SessionId, device: &Device, now: Instant) -> bool {
+        let Some(session) = self.live.get_mut(&id).filter(|s| s.belongs_to(device.id, device.role)) else {
+            return false;
+        };
+        match session.wished.take() {
+            Some((role, at)) if role != device.role && now.duration_since(at) < SAME_WISH => false,
+            _ => {
+                session.wished = Some((device.role, now));
+                true
+            }
+        }
+    }
+
+    /// Notes which relays both ends hold tickets for.
+    pub fn ticketed(&mut self, id: SessionId, granted: Vec<(DeviceId, u64)>, now: Instant) {
+        if let Some(session) = self.live.get_mut(&id) {
+            session.granted = granted;
+            session.ticketed = now;
+        }
+    }
+
+    /// Notes from where a handshake came. Says where to tell it, when it is news.
+    pub fn seen(&mut self, id: SessionId, role: Role, from: SocketAddr) -> Option<Channel> {
+        let session = self.live.get_mut(&id)?;
+        let end = session.end_mut(role);
+        if end.seen.replace(from) == Some(from) {
+            return None;
+        }
+        session.other(role).channel.clone()
+    }
+
+    /// Sessions that want new tickets: theirs are older than `life`, or for other relays than `relays`.
+    pub fn stale(&self, relays: &[(DeviceId, u64)], life: Duration, now: Instant) -> Vec<SessionId> {
+        let stale = |session: &&Session| {
+            now.duration_since(session.ticketed) >= life
+                || relays.iter().any(|relay| !session.granted.contains(relay))
+        };
+        self.live.values().filter(stale).map(|session| session.id).collect()
+    }
+
+    /// Forgets sessions whose ends have both been away for long, and old claims.
+    pub fn expire(&mut self, now: Instant) -> Vec<Session> {
+        self.claims.retain(|_, claim| now.duration_since(claim.since) < KEEP_CLAIM);
+        let lost = |session: &&Session| session.away.is_some_and(|since| now.duration_since(since) >= KEEP);
+        let lost: Vec<SessionId> = self.live.values().filter(lost).map(|session| session.id).collect();
+        lost.iter().filter_map(|id| self.live.remove(id)).collect()
+    }
+
+    /// How many sessions there are.
+    pub fn len(&self) -> usize {
+        self.live.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.live.is_empty()
+    }
+
+    /// One end names a session that is not known. When the other end has named it too, it is restored.
+    fn claim(
+        &mut self,
+        id: SessionId,
+        peer: DeviceId,
+        channel: &Channel,
+        now: Instant,
+        greeted: &mut Greeted,
+    ) {
+        let mirrored = self.claims.get(&id).is_some_and(|other| {
+            (other.channel.device.id, other.peer) == (peer, channel.device.id)
+                && matches!(
+                    (other.channel.device.role, channel.device.role),
+                    (Role::Agent, Role::Technician) | (Role::Technician, Role::Agent)
+                )
+        });
+        if !mirrored {
+            // The first word stays: nobody else can take a session away by naming it.
+            let own = self.claims.get(&id).is_none_or(|claim| claim.channel.device.id == channel.device.id);
+            if own && self.claims.len() < MAX_SESSIONS {
+                self.claims.insert(id, Claim { channel: channel.clone(), peer, since: now });
+            }
+            return;
+        }
+        let Some(other) = self.claims.remove(&id) else { return };
+        let (technician, agent) = match channel.device.role {
+            Role::Technician => (channel.clone(), other.channel),
+            _ => (other.channel, channel.clone()),
+        };
+        if !technician.device.reach.covers(&agent.device.tags) {
+            greeted.forbidden.push((id, technician, agent));
+            return;
+        }
+        let end = |channel: Channel| End {
+            device: channel.device.clone(),
+            channel: Some(channel),
+            ice: None,
+            seen: None,
+        };
+        let session = Session::new(id, end(technician), end(agent), now);
+        if self.insert(session.clone()) {
+            greeted.restored.push(session);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::presence::Presence;
+    use crate::store::Reach;
+
+    fn channel(presence: &Presence, role: Role, id: u8) -> Channel {
+        let device = Device {
+            id: DeviceId([id; 16]),
+            role,
+            name: "x".into(),
+            tags: vec![],
+            hosts: vec![],
+            public_key: [0; 32],
+            reach: Reach { tags: vec![], all: true },
+            certificate: vec![],
+            software: String::new(),
+            last_seen: 0,
+        };
+        presence.channel(Arc::new(device), tokio::sync::mpsc::channel(1).0)
+    }
+
+    fn session(id: u8, technician: &Channel, agent: &Channel, now: Instant) -> Session {
+        let end = |channel: &Channel| End {
+            device: channel.device.clone(),
+            channel: Some(channel.clone()),
+            ice: None,
+            seen: None,
+        };
+        Session::new(SessionId([id; 16]), end(technician), end(agent), now)
+    }
+
+    #[test]
+    fn only_sessions_whose_ends_are_both_away_for_long_expire() {
+        let (presence, now) = (Presence::default(), Instant::now());
+        let (technician, agent) =
+            (channel(&presence, Role::Technician, 1), channel(&presence, Role::Agent, 2));
+        let mut sessions = Sessions::default();
+        assert!(sessions.insert(session(1, &technician, &agent, now)));
+        sessions.detach(agent.id, now);
+        assert!(sessions.expire(now + 2 * KEEP).is_empty());
+        sessions.detach(technician.id, now + KEEP);
+        assert!(sessions.expire(now + 2 * KEEP - Duration::from_secs(1)).is_empty());
+        assert_eq!(sessions.expire(now + 2 * KEEP).len(), 1);
+        assert!(sessions.is_empty());
+    }
+
+    #[test]
+    fn one_technician_cannot_fill_the_table() {
+        let (presence, now) = (Presence::default(), Instant::now());
+        let (technician, agent) =
+            (channel(&presence, Role::Technician, 1), channel(&presence, Role::Agent, 2));
+        let mut sessions = Sessions::default();
+        for number in 0..=255 {
+            assert!(sessions.insert(session(number, &technician, &agent, now)));
+        }
+        assert_eq!(sessions.len(), MAX_OF_TECHNICIAN);
+        assert!(!sessions.insert(session(0, &technician, &agent, now)));
+        let colleague = channel(&presence, Role::Technician, 3);
+        assert!(sessions.insert(session(0, &colleague, &agent, now)));
+    }
+
+    #[test]
+    fn nobody_else_can_end_or_take_a_session() {
+        let (presence, now) = (Presence::default(), Instant::now());
+        let (technician, agent) =
+            (channel(&presence, Role::Technician, 1), channel(&presence, Role::Agent, 2));
+        let (rival, thief) = (channel(&presence, Role::Technician, 3), channel(&presence, Role::Agent, 4));
+        let id = SessionId([1; 16]);
+        let mut sessions = Sessions::default();
+        assert!(sessions.insert(session(1, &technician, &agent, now)));
+        let named = |peer: u8| LiveSession { session: vec![1; 16], peer: vec![peer; 16] };
+        for (other, peer) in [(&rival, 2), (&thief, 1)] {
+            assert!(sessions.remove(id, &other.device).is_none());
+            assert!(!sessions.wish(id, &other.device, now));
+            let greeted = sessions.greet(other, &[named(peer)], now);
+            assert!(greeted.restored.is_empty() && greeted.gone.is_empty());
+            assert_ne!(
+                sessions.get(id).and_then(|s| s.end(other.device.role).channel.as_ref()).map(|c| c.id),
+                Some(other.id)
+            );
+        }
+        // Two strangers that name each other's session do not get it either.
+        assert!(sessions.greet(&rival, &[named(4)], now).restored.is_empty());
+        assert!(sessions.greet(&thief, &[named(3)], now).restored.is_empty());
+        assert!(sessions.remove(id, &agent.device).is_some());
+    }
+}

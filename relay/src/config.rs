@@ -1,0 +1,210 @@
+//! `DIR/config.toml` of a relay.
+
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use adit_client::exit::{Exit, Failure};
+use adit_protocol::DEFAULT_RELAY_PORT;
+use serde::{Deserialize, Deserializer};
+
+use crate::server::Limits;
+
+/// Name of the file in the state directory.
+pub const FILE: &str = "config.toml";
+
+/// What the file says; what it does not say has its default.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ConfigFile {
+    /// Names and addresses that clients use. Empty: those given at enrolment.
+    pub hosts: Vec<String>,
+    /// See [`Listen`].
+    pub listen: Listen,
+    /// See [`Limits`].
+    pub limits: Limits,
+}
+
+/// Where the relay listens.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Listen {
+    /// The relay itself (TCP).
+    pub relay: SocketAddr,
+    /// STUN (UDP).
+    #[serde(deserialize_with = "off_or_address")]
+    pub udp: Option<SocketAddr>,
+    /// The relay over WebSocket and TLS (TCP). Not in this version.
+    #[serde(deserialize_with = "not_yet")]
+    pub https: (),
+    /// `/metrics`, `/healthz`, `/readyz` (HTTP).
+    #[serde(deserialize_with = "off_or_address")]
+    pub diagnostics: Option<SocketAddr>,
+}
+
+impl Default for Listen {
+    fn default() -> Self {
+        Self {
+            relay: SocketAddr::from(([0; 16], DEFAULT_RELAY_PORT)),
+            udp: Some(SocketAddr::from(([0; 16], DEFAULT_RELAY_PORT))),
+            https: (),
+            diagnostics: Some(SocketAddr::from(([127, 0, 0, 1], 9465))),
+        }
+    }
+}
+
+impl ConfigFile {
+    /// Reads the file in `dir`; without one everything has its default.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names file, line and key.
+    pub fn load(dir: &Path) -> Result<Self, ConfigError> {
+        let path = dir.join(FILE);
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Self::default()),
+            Err(error) => return Err(ConfigError::Read { path, error }),
+        };
+        toml::from_str(&text).map_err(|error| ConfigError::Wrong { path, error: Box::new(error) })
+    }
+}
+
+/// The file as enrolment writes it: every setting with its default, commented.
+pub fn template(hosts: &[String]) -> String {
+    let hosts: Vec<String> = hosts.iter().map(|host| format!("{host:?}")).collect();
+    let (listen, limits) = (Listen::default(), Limits::default());
+    let (relay, Limits { unauthenticated, waiting, pairs, spent }) = (listen.relay, limits);
+    format!(
+        r#"# An adit relay. Settings with a # in front have that value by default.
+
+# Names and addresses under which clients reach this relay.
+hosts = [{}]
+
+[listen]
+# The relay (TCP). [::] takes IPv4 and IPv6.
+# relay = "{relay}"
+
+# STUN (UDP); "" turns it off.
+# udp = "{relay}"
+
+# The relay on 443 for networks that let nothing else out. Not in this version: leave it off.
+# https = ""
+
+# /metrics, /healthz and /readyz (HTTP without a password: keep it private); "" turns it off.
+# diagnostics = "127.0.0.1:9465"
+
+[limits]
+# Connections that have not shown a ticket yet.
+# unauthenticated = {unauthenticated}
+
+# Legs that wait for their other leg (10 s at most).
+# waiting = {waiting}
+
+# Pairs that are forwarded. Each takes two descriptors, and up to four more while bytes are on the way.
+# pairs = {pairs}
+
+# Used tickets that are remembered until they expire.
+# spent = {spent}
+"#,
+        hosts.join(", ")
+    )
+}
+
+/// Why a configuration was not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("{}: {error}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        error: io::Error,
+    },
+    /// An unknown key, or a value of the wrong kind.
+    #[error("{}: {}", path.display(), error.to_string().trim_end())]
+    Wrong {
+        /// The file.
+        path: PathBuf,
+        /// Line, column, key and what was expected.
+        error: Box<toml::de::Error>,
+    },
+}
+
+impl Failure for ConfigError {
+    fn exit(&self) -> Exit {
+        Exit::Usage
+    }
+
+    fn remedy(&self) -> Option<String> {
+        Some(match self {
+            Self::Read { .. } => "check that the file can be read by this user".into(),
+            Self::Wrong { .. } => "correct that line, or put a # before it to have the default".into(),
+        })
+    }
+}
+
+/// An address, or `""` for off.
+fn off_or_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SocketAddr>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    if text.is_empty() {
+        return Ok(None);
+    }
+    text.parse().map(Some).map_err(|_| {
+        serde::de::Error::custom(format!("{text:?} is no address: expected IP:PORT, or \"\" for off"))
+    })
+}
+
+/// A setting of the interface that this version has no use for: only off is honest.
+fn not_yet<'de, D: Deserializer<'de>>(deserializer: D) -> Result<(), D::Error> {
+    match String::deserialize(deserializer)?.as_str() {
+        "" => Ok(()),
+        _ => Err(serde::de::Error::custom("this version of the relay does not serve https: leave it \"\"")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_template_is_the_default_commented_and_uncommented() {
+        let text = template(&["relay.example.org".into(), "2001:db8::1".into()]);
+        let expected = ConfigFile {
+            hosts: vec!["relay.example.org".into(), "2001:db8::1".into()],
+            ..ConfigFile::default()
+        };
+        assert_eq!(toml::from_str::<ConfigFile>(&text).expect("reads"), expected);
+        let is_setting = |line: &str| line.starts_with("# ") && line.contains(" = ");
+        let uncommented: Vec<&str> =
+            text.lines().map(|line| if is_setting(line) { &line[2..] } else { line }).collect();
+        assert!(uncommented.len() > text.lines().filter(|line| line.starts_with("# ")).count());
+        assert_eq!(toml::from_str::<ConfigFile>(&uncommented.join("\n")).expect("reads"), expected);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        assert_eq!(ConfigFile::load(dir.path()).expect("defaults"), ConfigFile::default());
+        for (text, named) in [
+            ("[listen]\nrelais = \"x\"", "relais"),
+            ("host = []", "host"),
+            ("[listen]\nudp = \"8002\"", "8002"),
+            ("[listen]\nhttps = \"[::]:443\"", "does not serve https"),
+            ("[limits]\npairs = -1", "pairs"),
+        ] {
+            fs::write(dir.path().join(FILE), text).expect("writes");
+            let error = ConfigFile::load(dir.path()).expect_err(text);
+            assert!(error.to_string().contains(named), "{error}");
+            assert!(error.to_string().contains(FILE), "{error}");
+            assert_eq!(error.exit(), Exit::Usage);
+        }
+    }
+
+    #[test]
+    fn off_is_off() {
+        let config: ConfigFile = toml::from_str("[listen]\nudp = \"\"\ndiagnostics = \"\"").expect("reads");
+        assert_eq!((config.listen.udp, config.listen.diagnostics), (None, None));
+    }
+}

@@ -1,0 +1,237 @@
+//! `adit-relay run`: sockets, control channel, and everything between start and stop.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+
+use adit_client::control::{Control, State, hello, maintain};
+use adit_client::exit::{Exit, Failure};
+use adit_client::identity::Identity;
+use adit_client::identity::store::{self, StoreError};
+use adit_protocol::Role;
+use adit_protocol::control::{RelayUp, Up};
+use prometheus_client::registry::Registry;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tracing::{error, info, warn};
+
+use crate::config::{ConfigError, ConfigFile};
+use crate::diagnostics::{self, Readiness};
+use crate::listen::{self, ListenError};
+use crate::server::{Config, Relay};
+use crate::stun;
+
+/// Addresses that stand before those of the configuration file.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Overrides {
+    /// `[listen] relay`.
+    pub relay: Option<SocketAddr>,
+    /// `[listen] udp`.
+    pub udp: Option<SocketAddr>,
+    /// `[listen] diagnostics`.
+    pub diagnostics: Option<SocketAddr>,
+}
+
+/// Runs the relay whose state is in `dir` until the process is told to stop.
+///
+/// # Errors
+/// [`RunError`] when it cannot start.
+pub async fn run(dir: &Path, overrides: Overrides) -> Result<(), RunError> {
+    let identity = store::load(dir)?;
+    if identity.role != Role::Relay {
+        return Err(RunError::OtherRole(identity.role));
+    }
+    let config = ConfigFile::load(dir)?;
+    let hosts = if config.hosts.is_empty() { identity.hosts.clone() } else { config.hosts.clone() };
+    raise_descriptor_limit();
+
+    let mut tasks = JoinSet::new();
+    let (stop, stopped) = watch::channel(false);
+    let until_stopped = || {
+        let mut stopped = stopped.clone();
+        async move {
+            // An error means that the sender is gone: that is a stop too.
+            let _ = stopped.wait_for(|stopped| *stopped).await;
+        }
+    };
+
+    let listener = listen::tcp("[listen] relay", overrides.relay.unwrap_or(config.listen.relay))?;
+    let relay_port = listener.local_addr()?.port();
+    let mut stun_address = String::new();
+    if let Some(address) = overrides.udp.or(config.listen.udp) {
+        let socket = listen::udp("[listen] udp", address)?;
+        let port = socket.local_addr()?.port();
+        stun_address = hosts.first().map(|host| host_port(host, port)).unwrap_or_default();
+        tasks.spawn(stun::serve(socket, until_stopped()));
+    }
+
+    let relay = Relay::new(Config { limits: config.limits, ..Config::new(identity.device_id) });
+    let readiness = Readiness::new();
+    if let Some(address) = overrides.diagnostics.or(config.listen.diagnostics) {
+        let listener = listen::tcp("[listen] diagnostics", address)?;
+        info!(address = %listener.local_addr()?, "diagnostics");
+        let mut registry = Registry::default();
+        relay.register(&mut registry);
+        let serving = diagnostics::serve(listener, Arc::new(registry), readiness.clone(), until_stopped());
+        tasks.spawn(async {
+            if let Err(error) = serving.await {
+                warn!(%error, "diagnostics ended");
+            }
+        });
+    }
+    info!(name = identity.name, port = relay_port, "relay is up");
+    tasks.spawn(relay.clone().serve(listener, until_stopped()));
+    let announcement = RelayUp {
+        epoch: relay.epoch(),
+        addresses: hosts.iter().map(|host| host_port(host, relay_port)).collect(),
+        stun: stun_address,
+    };
+    tasks.spawn(register(identity, relay, announcement, readiness));
+
+    told_to_stop().await?;
+    info!("stopping");
+    stop.send_replace(true);
+    tasks.shutdown().await;
+    Ok(())
+}
+
+/// Stays registered with the mediator for ever. While there is none, pairs go on.
+async fn register(identity: Identity, relay: Arc<Relay>, announcement: RelayUp, readiness: Readiness) {
+    if let Some(key) = identity.ticket_key {
+        relay.set_ticket_key(key);
+    }
+    let (control, mut messages) = maintain(Arc::new(identity), || hello(Vec::new()));
+    let mut state = control.state();
+    loop {
+        let registered = match &*state.borrow_and_update() {
+            State::Connected(welcome) => {
+                match <[u8; 32]>::try_from(welcome.ticket_key.as_slice()) {
+                    Ok(key) => relay.set_ticket_key(key),
+                    Err(_) => {
+                        warn!("the mediator's welcome has no ticket key; the one of the enrolment stays")
+                    }
+                }
+                true
+            }
+            State::Disconnected { reason, exit: Exit::Refused } => {
+                error!(reason, "the mediator does not accept this relay; enrol it again with a new token");
+                false
+            }
+            State::Connecting | State::Disconnected { .. } => false,
+        };
+        let registered = registered && announce(&control, &announcement).await;
+        if registered && !readiness.is_ready() {
+            info!("registered with the mediator");
+        }
+        readiness.set(registered);
+        loop {
+            tokio::select! {
+                changed = state.changed() => match changed {
+                    Ok(()) => break,
+                    Err(_) => return,
+                },
+                // Nothing that a mediator says later concerns a relay yet.
+                message = messages.recv() => if message.is_none() { return },
+            }
+        }
+    }
+}
+
+async fn announce(control: &Control, announcement: &RelayUp) -> bool {
+    control.send(Up::RelayUp(announcement.clone())).await.is_ok()
+}
+
+/// `HOST:PORT` as a client writes it; IPv6 in brackets.
+fn host_port(host: &str, port: u16) -> String {
+    match host.parse() {
+        Ok(ip) => SocketAddr::new(ip, port).to_string(),
+        Err(_) => format!("{host}:{port}"),
+    }
+}
+
+/// Ctrl-C, or what a service manager sends.
+async fn told_to_stop() -> io::Result<()> {
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        let mut terminate = signal(SignalKind::terminate())?;
+        tokio::select! {
+            _ = terminate.recv() => Ok(()),
+            interrupted = tokio::signal::ctrl_c() => interrupted,
+        }
+    }
+    #[cfg(not(unix))]
+    tokio::signal::ctrl_c().await
+}
+
+/// The usual soft limit of 1,024 descriptors is a few hundred pairs.
+fn raise_descriptor_limit() {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+        let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+        if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+            warn!(%error, "the limit on open descriptors stays as it is");
+        }
+    }
+}
+
+/// Why a relay does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The state directory.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The configuration file.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A port.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The state directory is another program's.
+    #[error("the state directory belongs to a device enrolled as {0}, not as relay")]
+    OtherRole(Role),
+    /// The system failed.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+}
+
+impl Failure for RunError {
+    fn exit(&self) -> Exit {
+        match self {
+            Self::Store(error) => error.exit(),
+            Self::Config(error) => error.exit(),
+            Self::Listen(error) => error.exit(),
+            Self::OtherRole(_) => Exit::Usage,
+            Self::Io(_) => Exit::Failed,
+        }
+    }
+
+    fn remedy(&self) -> Option<String> {
+        match self {
+            Self::Store(StoreError::NotEnrolled { dir }) => Some(format!(
+                "enrol it with a token from `adit-mediator token --role relay`: \
+                 adit-relay enroll TOKEN --data {} --host NAME_OR_IP",
+                dir.display()
+            )),
+            Self::Store(error) => error.remedy(),
+            Self::Config(error) => error.remedy(),
+            Self::Listen(error) => error.remedy(),
+            Self::OtherRole(_) => Some("name the relay's own directory with --data".into()),
+            Self::Io(_) => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ipv6_stands_in_brackets() {
+        assert_eq!(host_port("2001:db8::1", 8002), "[2001:db8::1]:8002");
+        assert_eq!(host_port("192.0.2.1", 8002), "192.0.2.1:8002");
+        assert_eq!(host_port("relay.example.org", 8002), "relay.example.org:8002");
+    }
+}

@@ -1,0 +1,385 @@
+//! A relay's life of a connection: preamble, ticket, other leg, forwarding.
+
+use std::future::Future;
+use std::io;
+use std::net::Shutdown;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use adit_protocol::DeviceId;
+use adit_protocol::leg::{self, LegError, Status};
+use adit_protocol::ticket::{Ticket, TicketError};
+use prometheus_client::registry::Registry;
+use serde::Deserialize;
+use socket2::{SockRef, TcpKeepalive};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use crate::forward::{Caps, End, Forward};
+use crate::gate::{Gate, Visit};
+use crate::metrics::{Counted, Metrics, Reason};
+use crate::pairing::{Key, Offered, Refused, Table};
+use crate::pool::Pool;
+
+/// From accepting a connection to its whole, verified preamble. A silent one is closed within 5 s.
+const AUTHENTICATE: Duration = Duration::from_millis(4500);
+/// From a leg's preamble to the other leg's.
+const WAIT: Duration = Duration::from_secs(10);
+/// For a refused client to read its status byte and hang up.
+const LINGER: Duration = Duration::from_secs(1);
+/// Bytes that a refused client may still have sent; unread ones would turn the status into a reset.
+const LINGER_BYTES: usize = 64 * 1024;
+/// How long a listener rests when the system has no descriptor or memory for a connection.
+const REST: Duration = Duration::from_millis(100);
+/// A silent leg is probed after this time, then every third of it, and given up after three probes.
+const KEEPALIVE: Duration = Duration::from_secs(30);
+/// Data that nobody acknowledges for this long ends the leg.
+const UNACKNOWLEDGED: Duration = Duration::from_secs(60);
+
+/// Who a relay is and how much it takes.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// The relay's device id; tickets name it.
+    pub id: DeviceId,
+    /// Chosen at random at each start of the process; tickets name it too.
+    pub epoch: u64,
+    /// See [`Limits`].
+    pub limits: Limits,
+    /// Whether bytes may go through pipes inside the kernel (Linux). Otherwise they are copied.
+    pub splice: bool,
+}
+
+impl Config {
+    /// The defaults for the relay `id` and a new boot epoch.
+    pub fn new(id: DeviceId) -> Self {
+        Self { id, epoch: rand::random(), limits: Limits::default(), splice: true }
+    }
+}
+
+/// Bounds on what a relay keeps. Beyond them it refuses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// Connections that have not shown a valid ticket yet. Beyond it, a random one of them is closed for
+    /// each new one.
+    pub unauthenticated: usize,
+    /// Legs that wait for their other leg.
+    pub waiting: usize,
+    /// Pairs that are forwarded.
+    pub pairs: usize,
+    /// Spent tickets that have not expired.
+    pub spent: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { unauthenticated: 1024, waiting: 4096, pairs: 16_384, spent: 131_072 }
+    }
+}
+
+/// A relay: takes legs on its listeners, pairs them by ticket, forwards. Shared by all listeners.
+pub struct Relay {
+    config: Config,
+    ticket_key: RwLock<Option<[u8; 32]>>,
+    gate: Arc<Gate>,
+    table: Mutex<Table<Leg>>,
+    pool: Arc<Pool>,
+    metrics: Arc<Metrics>,
+}
+
+/// A leg that waits. Dropping it wakes the task that watches its time.
+struct Leg {
+    stream: TcpStream,
+    _watched: oneshot::Sender<()>,
+}
+
+/// Two legs that belong together.
+struct Pair {
+    legs: [TcpStream; 2],
+    caps: Caps,
+    counted: Counted,
+}
+
+impl Relay {
+    /// A relay that takes no ticket yet: see [`Relay::set_ticket_key`].
+    pub fn new(config: Config) -> Arc<Self> {
+        let metrics = Arc::new(Metrics::new());
+        Arc::new(Self {
+            ticket_key: RwLock::new(None),
+            gate: Gate::new(config.limits.unauthenticated, metrics.unauthenticated.clone()),
+            table: Mutex::new(Table::new(config.limits.waiting, config.limits.spent)),
+            pool: Pool::new(config.splice, metrics.clone()),
+            metrics,
+            config,
+        })
+    }
+
+    /// The key with which the mediator signs tickets (Ed25519, 32 bytes).
+    pub fn set_ticket_key(&self, key: [u8; 32]) {
+        *self.ticket_key.write().unwrap_or_else(PoisonError::into_inner) = Some(key);
+    }
+
+    /// This process's boot epoch.
+    pub fn epoch(&self) -> u64 {
+        self.config.epoch
+    }
+
+    /// What this relay counts.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// Shows this relay's metrics in `registry`.
+    pub fn register(&self, registry: &mut Registry) {
+        self.metrics.register(registry);
+    }
+
+    /// Takes legs from `listener` until `shutdown`; then closes all that came from it. Dropping the
+    /// future does the same.
+    pub async fn serve(self: Arc<Self>, listener: TcpListener, shutdown: impl Future<Output = ()>) {
+        let mut tasks = JoinSet::new();
+        tokio::pin!(shutdown);
+        loop {
+            tokio::select! {
+                () = &mut shutdown => break,
+                accepted = listener.accept() => match accepted {
+                    Ok((stream, _)) => {
+                        let visit = self.gate.enter();
+                        tasks.spawn(self.clone().handle(stream, visit));
+                    }
+                    Err(error) => {
+                        // Out of descriptors or memory, or that one connection was lost.
+                        tracing::debug!(%error, "accept failed");
+                        if !is_about_one_connection(&error) {
+                            sleep(REST).await;
+                        }
+                    }
+                },
+                Some(_) = tasks.join_next() => {}
+            }
+        }
+        tasks.shutdown().await;
+    }
+
+    async fn handle(self: Arc<Self>, stream: TcpStream, visit: Visit) {
+        // Boxed, so that a pair that only forwards does not carry the memory of its beginning.
+        let Some(pair) = Box::pin(self.admit(stream, visit)).await else { return };
+        let Pair { legs, caps, counted } = pair;
+        let forward = Forward::new(legs, caps, self.pool.clone(), self.metrics.clone());
+        drop(self);
+        match forward.await {
+            End::Finished => tracing::debug!("pair finished"),
+            End::Lost(error) => tracing::debug!(%error, "pair lost a leg"),
+            End::Silent => tracing::debug!("half-open pair was silent"),
+            End::ByteCap => tracing::info!("pair reached its byte limit"),
+            End::TimeCap => tracing::info!("pair reached its time limit"),
+        }
+        drop(counted);
+    }
+
+    /// From a new connection to a pair; nothing when this connection does not become the second leg.
+    async fn admit(&self, stream: TcpStream, mut visit: Visit) -> Option<Pair> {
+        if let Err(error) = prepare(&stream) {
+            tracing::debug!(%error, "connection lost at once");
+            return None;
+        }
+        let (stream, ticket) = tokio::select! {
+            authenticated = self.authenticate(stream) => authenticated?,
+            () = visit.driven_out() => {
+                self.metrics.refused(Reason::Overload);
+                return None;
+            }
+        };
+        drop(visit);
+        self.pair(stream, ticket).await
+    }
+
+    /// Takes the preamble in time, or sends the connection away.
+    async fn authenticate(&self, mut stream: TcpStream) -> Option<(TcpStream, Ticket)> {
+        match timeout(AUTHENTICATE, self.read_ticket(&mut stream)).await {
+            Ok(Ok(ticket)) => return Some((stream, ticket)),
+            Ok(Err(reason)) => self.refuse(stream, Status::Refused, reason).await,
+            Err(_) => self.metrics.refused(Reason::Silent),
+        }
+        None
+    }
+
+    /// Reads exactly the preamble: what follows is the other leg's.
+    async fn read_ticket(&self, stream: &mut TcpStream) -> Result<Ticket, Reason> {
+        let mut header = [0; 2];
+        stream.read_exact(&mut header).await.map_err(|_| Reason::Silent)?;
+        let mut body = vec![0; leg::body_length(header)?];
+        stream.read_exact(&mut body).await.map_err(|_| Reason::Silent)?;
+        let key = *self.ticket_key.read().unwrap_or_else(PoisonError::into_inner);
+        let ticket = leg::verify(&body, &key.ok_or(Reason::NoKey)?, unix_now())?;
+        if ticket.relay != self.config.id {
+            return Err(Reason::OtherRelay);
+        }
+        if ticket.epoch != self.config.epoch {
+            return Err(Reason::OtherEpoch);
+        }
+        Ok(ticket)
+    }
+
+    async fn pair(&self, stream: TcpStream, ticket: Ticket) -> Option<Pair> {
+        if self.metrics.pairs() >= self.config.limits.pairs as u64 {
+            self.refuse(stream, Status::Busy, Reason::Busy).await;
+            return None;
+        }
+        let (watched, watcher) = oneshot::channel();
+        let ours = Leg { stream, _watched: watched };
+        let alive = |leg: &Leg| !has_hung_up(&leg.stream);
+        match self.with_table(|table| table.offer(&ticket, ours, unix_now(), alive)) {
+            Offered::Paired { ours, other, ticket: theirs } => {
+                let counted = Counted::new(&self.metrics.pairs);
+                self.metrics.pairs_total.inc();
+                let mut legs = [ours.stream, other.stream];
+                for leg in &mut legs {
+                    // The one byte always fits; a leg that is gone shows in forwarding.
+                    let _ = timeout(LINGER, leg.write_all(&[Status::Paired as u8])).await;
+                }
+                Some(Pair { legs, caps: caps(&ticket, &theirs), counted })
+            }
+            Offered::Waits { number, replaced } => {
+                let place = Place { relay: self, key: (ticket.session, ticket.serial), number };
+                let farewell = async {
+                    if let Some(leg) = replaced {
+                        self.refuse(leg.stream, Status::Replaced, Reason::Replaced).await;
+                    }
+                };
+                tokio::join!(farewell, place.watch(watcher));
+                None
+            }
+            Offered::Refused { ours, why } => {
+                let (status, reason) = match why {
+                    Refused::Spent => (Status::Spent, Reason::Spent),
+                    Refused::Mismatch => (Status::Refused, Reason::Mismatch),
+                    Refused::Full => (Status::Busy, Reason::Busy),
+                };
+                self.refuse(ours.stream, status, reason).await;
+                None
+            }
+        }
+    }
+
+    /// Says why, and closes so that the byte arrives.
+    async fn refuse(&self, mut stream: TcpStream, status: Status, reason: Reason) {
+        self.metrics.refused(reason);
+        tracing::debug!(?reason, "leg refused");
+        let farewell = async {
+            stream.write_all(&[status as u8]).await?;
+            SockRef::from(&stream).shutdown(Shutdown::Write)?;
+            let mut rest = [0; 512];
+            let mut total = 0;
+            while total < LINGER_BYTES {
+                match stream.read(&mut rest).await? {
+                    0 => break,
+                    count => total += count,
+                }
+            }
+            io::Result::Ok(())
+        };
+        let _ = timeout(LINGER, farewell).await;
+    }
+
+    fn with_table<T>(&self, change: impl FnOnce(&mut Table<Leg>) -> T) -> T {
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        let outcome = change(&mut table);
+        self.metrics.waiting.set(table.waiting() as i64);
+        outcome
+    }
+}
+
+/// A leg's place in the table. Dropped, it takes the leg out and closes it.
+struct Place<'a> {
+    relay: &'a Relay,
+    key: Key,
+    number: u64,
+}
+
+impl Place<'_> {
+    /// Ends the wait when its time is over; `watcher` resolves when the leg has paired or was replaced.
+    async fn watch(self, watcher: oneshot::Receiver<()>) {
+        if timeout(WAIT, watcher).await.is_err()
+            && let Some(leg) = self.relay.with_table(|table| table.withdraw(self.key, self.number))
+        {
+            self.relay.refuse(leg.stream, Status::NoPeer, Reason::NoPeer).await;
+        }
+    }
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.relay.with_table(|table| table.withdraw(self.key, self.number));
+    }
+}
+
+impl From<LegError> for Reason {
+    fn from(error: LegError) -> Self {
+        match error {
+            LegError::Ticket(TicketError::Expired) => Reason::Expired,
+            LegError::Ticket(TicketError::Signature | TicketError::Key) => Reason::Signature,
+            LegError::Malformed | LegError::Ticket(TicketError::Malformed) => Reason::Malformed,
+            LegError::Possession => Reason::Possession,
+        }
+    }
+}
+
+/// The tighter of both tickets' limits.
+fn caps(one: &Ticket, other: &Ticket) -> Caps {
+    let tighter = |a: u64, b: u64| [a, b].into_iter().filter(|limit| *limit > 0).min();
+    Caps {
+        bytes: tighter(one.max_bytes, other.max_bytes),
+        time: tighter(one.max_seconds, other.max_seconds).map(Duration::from_secs),
+    }
+}
+
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let socket = SockRef::from(stream);
+    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE / 3);
+    #[cfg(not(target_os = "windows"))]
+    let keepalive = keepalive.with_retries(3);
+    socket.set_tcp_keepalive(&keepalive)?;
+    #[cfg(target_os = "linux")]
+    socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED))?;
+    Ok(())
+}
+
+/// Whether the peer of a waiting leg has closed already, as far as is known without waiting.
+fn has_hung_up(stream: &TcpStream) -> bool {
+    let mut ready = std::pin::pin!(stream.ready(Interest::READABLE));
+    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    match ready.as_mut().poll(&mut context) {
+        std::task::Poll::Ready(Ok(ready)) => ready.is_read_closed(),
+        std::task::Poll::Ready(Err(_)) => true,
+        std::task::Poll::Pending => false,
+    }
+}
+
+fn is_about_one_connection(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted)
+}
+
+fn unix_now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_takes_little_memory() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("binds");
+        let stream = TcpStream::connect(listener.local_addr().expect("bound")).await.expect("connects");
+        let relay = Relay::new(Config::new(DeviceId([1; 16])));
+        let visit = relay.gate.enter();
+        let task = relay.handle(stream, visit);
+        assert!(size_of_val(&task) <= 768, "{}", size_of_val(&task));
+    }
+}

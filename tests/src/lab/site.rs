@@ -1,0 +1,200 @@
+//! One site: a device behind its router, and that behind its provider's line. Events happen here.
+
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+
+use anyhow::Context;
+use patchbay::{IpSupport, Ipv4Net};
+use rand::RngExt;
+
+use super::link::RunningLink;
+use super::namespace::Namespace;
+use super::{Host, Link, LinkStats, NatKind, Rate, conntrack};
+
+/// Bytes that passed a site's router, both ways, counted from IP headers on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Traffic {
+    /// TCP to and from a server's ports 443 and 8002: relayed, and what little the control channel takes.
+    pub relayed: u64,
+    /// All other TCP and UDP but DNS and STUN servers': the direct path.
+    pub direct: u64,
+}
+
+/// Counts [`Traffic`], behind the rules of events and before NAT.
+const COUNTERS: &str = "
+    table inet adit_count {
+        counter relayed { }
+        counter direct { }
+        chain postrouting {
+            type filter hook postrouting priority 50;
+            tcp dport { 443, 8002 } counter name relayed accept
+            tcp sport { 443, 8002 } counter name relayed accept
+            udp dport { 53, 8002 } accept
+            udp sport { 53, 8002 } accept
+            meta l4proto { tcp, udp } counter name direct
+        }
+    }";
+
+/// The router's interface towards its provider.
+const WAN: &str = "wan";
+
+/// A site. All events take effect before the call returns, and last until they are undone.
+pub struct Site {
+    /// The device behind the router.
+    pub host: Host,
+    /// Its NAT.
+    pub nat: NatKind,
+    router: patchbay::Router,
+    provider: patchbay::Router,
+    boot: u16,
+    line: Option<RunningLink>,
+}
+
+impl Site {
+    /// Builds `name`, its router and its provider's router. `lan` is the network behind a NAT.
+    pub(super) async fn up(lab: &patchbay::Lab, name: &str, nat: NatKind, lan: &str) -> anyhow::Result<Self> {
+        let provider =
+            lab.add_router(&format!("{name}-isp")).ip_support(IpSupport::V4Only).nat(None).build().await?;
+        let mut router = lab
+            .add_router(&format!("{name}-router"))
+            .upstream(provider.id())
+            .ip_support(IpSupport::V4Only)
+            .nat(None);
+        if nat != NatKind::None {
+            router = router.downstream_cidr(lan.parse()?);
+        }
+        let router = router.build().await?;
+        let device = lab.add_device(name).iface("eth0", router.id()).build().await?;
+        let mut site = Self { host: Host::new(device)?, nat, router, provider, boot: 0, line: None };
+        if nat == NatKind::None {
+            // patchbay routes public networks one level deep.
+            let inside = site.router.downstream_cidr().context("no network")?;
+            let via = site.provider.uplink_ip().context("no address")?;
+            lab.ix().command(&format!("ip route replace {inside} via {via}"))?;
+        }
+        site.boot()?;
+        site.router.nft(COUNTERS)?;
+        if nat == NatKind::UdpBlocked {
+            site.block_udp()?;
+        }
+        Ok(site)
+    }
+
+    /// The address that others see.
+    pub fn public_address(&self) -> anyhow::Result<Ipv4Addr> {
+        match self.nat {
+            NatKind::None => Ok(self.host.address),
+            _ => self.router.uplink_ip().context("the router has no address"),
+        }
+    }
+
+    /// What has passed the router so far.
+    pub fn traffic(&self) -> anyhow::Result<Traffic> {
+        let counter = |name: &str| {
+            let listed = self.router.command(&format!("nft list counter inet adit_count {name}"))?;
+            let mut words = listed.split_whitespace().skip_while(|word| *word != "bytes");
+            let bytes = words.nth(1).context("nft shows no bytes")?;
+            anyhow::Ok(bytes.parse()?)
+        };
+        Ok(Traffic { relayed: counter("relayed")?, direct: counter("direct")? })
+    }
+
+    /// From now on no UDP but DNS passes the router, in either direction, whatever was open before.
+    pub fn block_udp(&self) -> anyhow::Result<()> {
+        self.forbid("adit_udp", "meta l4proto udp udp dport != 53 udp sport != 53 drop")
+    }
+
+    /// Ends [`Site::block_udp`], and what is special about [`NatKind::UdpBlocked`].
+    pub fn unblock_udp(&self) -> anyhow::Result<()> {
+        self.permit("adit_udp")
+    }
+
+    /// From now on nothing passes the router, and nobody is told.
+    pub fn cut(&self) -> anyhow::Result<()> {
+        self.forbid("adit_cut", "drop")
+    }
+
+    /// Ends [`Site::cut`].
+    pub fn mend(&self) -> anyhow::Result<()> {
+        self.permit("adit_cut")
+    }
+
+    /// From now on the router drops so many percent of the packets, in each direction; 0 ends it.
+    pub fn set_loss(&self, percent: u32) -> anyhow::Result<()> {
+        match percent {
+            0 => self.permit("adit_loss"),
+            _ => self.forbid("adit_loss", &format!("numgen random mod 100 < {percent} drop")),
+        }
+    }
+
+    /// The router restarts in no time: it forgets all connections, and maps to other ports from now
+    /// on. Nobody is told; what arrives on old mappings is dropped.
+    pub fn reboot_nat(&mut self) -> anyhow::Result<()> {
+        self.boot()?;
+        self.router.run_sync(|| conntrack::flush().context("cannot flush the router's connections"))
+    }
+
+    /// See [`super::Lab::set_agent_link`].
+    pub(super) fn set_link(&mut self, link: Link) -> anyhow::Result<Option<Arc<LinkStats>>> {
+        self.line = None;
+        self.set_rate(link.rate.filter(|_| link.is_only_rate()))?;
+        if link.is_only_rate() {
+            self.provider.nft("add table ip adit_line\n delete table ip adit_line")?;
+            return Ok(None);
+        }
+        let mut inside: Vec<Ipv4Net> = self.provider.downstream_cidr().into_iter().collect();
+        if self.nat == NatKind::None {
+            inside.extend(self.router.downstream_cidr());
+        }
+        let line = RunningLink::start(&self.provider, inside, link)?;
+        self.provider.nft(
+            "table ip adit_line {
+                 chain forward { type filter hook forward priority filter; policy drop; }
+             }",
+        )?;
+        let stats = line.stats();
+        self.line = Some(line);
+        Ok(Some(stats))
+    }
+
+    fn set_rate(&self, rate: Option<Rate>) -> anyhow::Result<()> {
+        let bridges = self.provider.command("ip -o link show type bridge")?;
+        let lan = bridges.split([':', '@']).nth(1).context("the provider has no bridge")?.trim().to_owned();
+        for (router, interface) in [(&self.router, WAN), (&self.provider, lan.as_str())] {
+            let limited = router.command(&format!("tc qdisc show dev {interface} root"))?.contains("tbf");
+            match rate {
+                // Enough burst for a timer tick, 50 ms of queue: what a home router has.
+                Some(Rate(bits)) => router.command(&format!(
+                    "tc qdisc replace dev {interface} root tbf rate {bits}bit burst 64kb latency 50ms"
+                ))?,
+                None if limited => router.command(&format!("tc qdisc del dev {interface} root"))?,
+                None => continue,
+            };
+        }
+        Ok(())
+    }
+
+    fn boot(&mut self) -> anyhow::Result<()> {
+        let other: u16 = rand::rng().random_range(1..0x400);
+        // Never the same as before: that is what the mask must not be either.
+        self.boot = if other == self.boot { other ^ 0x200 } else { other };
+        let address = self.router.uplink_ip().context("the router has no address")?;
+        self.router.nft(&self.nat.rules(WAN, address, self.boot))
+    }
+
+    /// Applies `rule` to all that leaves the router on either side. Not in `forward`: with the line
+    /// in user space nothing passes there.
+    fn forbid(&self, table: &str, rule: &str) -> anyhow::Result<()> {
+        self.router.nft(&format!(
+            "add table inet {table}
+             delete table inet {table}
+             table inet {table} {{
+                 chain postrouting {{ type filter hook postrouting priority filter; {rule}; }}
+             }}"
+        ))
+    }
+
+    fn permit(&self, table: &str) -> anyhow::Result<()> {
+        self.router.nft(&format!("add table inet {table}\n delete table inet {table}"))
+    }
+}

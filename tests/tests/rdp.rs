@@ -1,0 +1,94 @@
+//! RDP with a real server and a real client: the technician's screen shows what the agent's shows.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use adit_tests::desktop::{Desktop, Marker};
+use adit_tests::lab::{Host, Lab, NatKind, Topology};
+use adit_tests::lab_tests;
+use adit_tests::process::Process;
+use adit_tests::world::{PATIENCE, Setup, World};
+use anyhow::{bail, ensure};
+use tempfile::TempDir;
+use tokio::net::TcpStream;
+use tokio::time::{Instant, interval};
+
+lab_tests!(a_screen_is_shown_on_direct, a_screen_is_shown_on_the_relay; as ordinary user: the_programs_do_it_without_adit);
+
+async fn a_screen_is_shown_on_direct() -> anyhow::Result<()> {
+    through_a_tunnel(NatKind::Cone, "direct").await
+}
+
+async fn a_screen_is_shown_on_the_relay() -> anyhow::Result<()> {
+    through_a_tunnel(NatKind::UdpBlocked, "relay").await
+}
+
+/// If this fails, the others say nothing about adit.
+async fn the_programs_do_it_without_adit() -> anyhow::Result<()> {
+    let lab = Lab::up(&Topology::new(NatKind::None, NatKind::None)).await?;
+    let service = RdpServer::start(&lab.agent.host).await?;
+    let at = SocketAddr::new(lab.agent.host.address.into(), PORT);
+    shows(&lab.technician.host, at, &service).await
+}
+
+async fn through_a_tunnel(nat: NatKind, tier: &str) -> anyhow::Result<()> {
+    let world = World::up(Setup::new(Topology::new(nat, nat))).await?;
+    let service = RdpServer::start(&world.lab.agent.host).await?;
+    let forward = world.forward(&[&format!("127.0.0.1:{PORT}")]).await?;
+    forward.reaches(tier, Duration::from_secs(10)).await?;
+    shows(&world.lab.technician.host, forward.local[0], &service).await?;
+    ensure!(forward.tier().as_deref() == Some(tier));
+    println!("the marker was found on {tier}");
+    Ok(())
+}
+
+const PORT: u16 = 3390;
+
+/// A desktop with a marker on it, shared over RDP on port 3390.
+struct RdpServer {
+    marker: Marker,
+    desktop: Desktop,
+    scratch: TempDir,
+    _program: Process,
+}
+
+impl RdpServer {
+    async fn start(host: &Host) -> anyhow::Result<Self> {
+        let scratch = tempfile::tempdir()?;
+        let desktop = Desktop::start(host).await?;
+        let marker = Marker::random();
+        desktop.draw(&marker, scratch.path()).await?;
+        let port = format!("/port:{PORT}");
+        let server = desktop.spawn("freerdp-shadow-cli", &[&port, "-auth", "/sec:tls"], scratch.path())?;
+        let accepting = host.task(tokio::time::timeout(PATIENCE, async {
+            let mut pace = interval(Duration::from_millis(50));
+            while TcpStream::connect(("127.0.0.1", PORT)).await.is_err() {
+                pace.tick().await;
+            }
+        }))?;
+        accepting.await??;
+        Ok(Self { marker, desktop, scratch, _program: server })
+    }
+}
+
+/// Connects a client on `host` to `server`, and looks at its screen until the marker is there.
+async fn shows(host: &Host, at: SocketAddr, server: &RdpServer) -> anyhow::Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let (desktop, marker) = (Desktop::start(host).await?, &server.marker);
+    ensure!(!desktop.shows(marker, scratch.path()).await?, "the marker is there before anyone connected");
+    let to = format!("/v:{at}");
+    let arguments = [&to, "/u:x", "/p:x", "/cert:ignore", "/sec:tls", "/size:800x600"];
+    let mut client = desktop.spawn("xfreerdp", &arguments, scratch.path())?;
+    let (start, mut pace) = (Instant::now(), interval(Duration::from_millis(500)));
+    while !desktop.shows(marker, scratch.path()).await? {
+        ensure!(client.is_running(), "the client gave up");
+        if start.elapsed() > PATIENCE {
+            bail!("the marker is not on the technician's screen");
+        }
+        pace.tick().await;
+        // The server sends what changes.
+        server.desktop.draw(marker, server.scratch.path()).await?;
+    }
+    println!("the technician saw the agent's screen after {:?}", start.elapsed());
+    Ok(())
+}

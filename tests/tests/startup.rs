@@ -1,0 +1,57 @@
+//! How long it takes from the command to the first byte.
+
+use std::time::{Duration, Instant};
+
+use adit_tests::lab::{NatKind, Topology};
+use adit_tests::lab_tests;
+use adit_tests::world::{AGENT, PATIENCE, Setup, World};
+use anyhow::{Context, ensure};
+use tokio::io::AsyncReadExt;
+use tokio::net::{TcpListener, TcpStream};
+
+lab_tests!(the_first_byte_comes_at_once_where_udp_is_blocked);
+
+/// Listening, and the first byte back.
+const MARK: Duration = Duration::from_millis(100);
+
+async fn the_first_byte_comes_at_once_where_udp_is_blocked() -> anyhow::Result<()> {
+    let world = World::up(Setup::new(Topology::new(NatKind::UdpBlocked, NatKind::UdpBlocked))).await?;
+    let port = greeter(&world).await?;
+    let (data, listen) = (world.data("technician"), format!("127.0.0.1:0:127.0.0.1:{port}"));
+    let mut times = Vec::new();
+    for _ in 0..5 {
+        let start = Instant::now();
+        let forward = world.technician(&["forward", AGENT, "-L", &listen, "--json", "--data", &data])?;
+        let local: std::net::SocketAddr =
+            forward.event(PATIENCE, "listening", 0, |event| event["local"].as_str()?.parse().ok()).await?;
+        let listening = start.elapsed();
+        let first = async move {
+            let mut stream = TcpStream::connect(local).await?;
+            anyhow::Ok(stream.read_u8().await?)
+        };
+        let byte = world.lab.technician.host.task(tokio::time::timeout(PATIENCE, first))?.await???;
+        let first_byte = start.elapsed();
+        ensure!(byte == b'!');
+        println!("listening after {listening:?}, first byte after {first_byte:?}");
+        times.push(first_byte);
+    }
+    times.sort();
+    let median = times.get(times.len() / 2).context("nothing measured")?;
+    println!("median {median:?}");
+    ensure!(*median <= MARK, "the first byte took {median:?}");
+    Ok(())
+}
+
+/// A service on the agent's loopback that speaks first; its port.
+async fn greeter(world: &World) -> anyhow::Result<u16> {
+    let host = &world.lab.agent.host;
+    let listener = host.task(TcpListener::bind("127.0.0.1:0"))?.await??;
+    let port = listener.local_addr()?.port();
+    host.task(async move {
+        use tokio::io::AsyncWriteExt;
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let _ = stream.write_all(b"!").await;
+        }
+    })?;
+    Ok(port)
+}

@@ -1,0 +1,103 @@
+//! Transport addresses at which an end may be reached.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+/// Where a candidate comes from (RFC 8445 section 5.1.1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum CandidateKind {
+    /// An address of an interface.
+    Host,
+    /// The address that a STUN server saw.
+    ServerReflexive,
+    /// The address that the peer saw, in a check.
+    PeerReflexive,
+}
+
+impl CandidateKind {
+    /// RFC 8445 section 5.1.2.2, its recommended values.
+    fn type_preference(self) -> u32 {
+        match self {
+            Self::Host => 126,
+            Self::PeerReflexive => 110,
+            Self::ServerReflexive => 100,
+        }
+    }
+
+    /// RFC 8445 section 5.1.2.1, for the only component and with no preference among addresses.
+    pub fn priority(self) -> u32 {
+        const LOCAL_PREFERENCE: u32 = 65_535;
+        const COMPONENT: u32 = 1;
+        (self.type_preference() << 24) + (LOCAL_PREFERENCE << 8) + (256 - COMPONENT)
+    }
+}
+
+/// A transport address and where it comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Candidate {
+    /// Where it comes from.
+    pub kind: CandidateKind,
+    /// The address.
+    pub address: SocketAddr,
+}
+
+/// Whether a check may be sent to `remote`, an address that somebody else named. Loopback and
+/// link-local addresses mean something only to an end that offers such addresses itself.
+pub(super) fn may_check(remote: SocketAddr, hosts: &[SocketAddr]) -> bool {
+    let offers = |scope: fn(&Ipv4Addr) -> bool| {
+        hosts.iter().any(|host| matches!(host.ip(), IpAddr::V4(ip) if scope(&ip)))
+    };
+    let IpAddr::V4(ip) = remote.ip() else { return false };
+    let [first, ..] = ip.octets();
+    // 224 and above: multicast, reserved, broadcast
+    let unicast = (1..224).contains(&first);
+    unicast
+        && remote.port() != 0
+        && (!ip.is_loopback() || offers(Ipv4Addr::is_loopback))
+        && (!ip.is_link_local() || offers(Ipv4Addr::is_link_local))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address(text: &str) -> SocketAddr {
+        text.parse().expect("an address")
+    }
+
+    #[test]
+    fn addresses_that_nobody_may_aim_us_at() {
+        let hosts = [address("192.168.1.2:40000")];
+        for text in [
+            "0.0.0.0:1",
+            "0.1.2.3:1",
+            "127.0.0.1:1",
+            "127.9.9.9:1",
+            "169.254.1.1:1",
+            "224.0.0.251:5353",
+            "240.0.0.1:1",
+            "255.255.255.255:1",
+            "198.51.100.1:0",
+            "[::1]:1",
+            "[2001:db8::1]:1",
+        ] {
+            assert!(!may_check(address(text), &hosts), "{text}");
+        }
+        for text in ["192.168.1.3:40000", "10.0.0.1:1", "198.51.100.1:65535", "100.64.0.1:1"] {
+            assert!(may_check(address(text), &hosts), "{text}");
+        }
+    }
+
+    #[test]
+    fn loopback_and_link_local_among_their_own() {
+        assert!(may_check(address("127.0.0.1:1"), &[address("127.0.0.1:2")]));
+        assert!(may_check(address("169.254.1.1:1"), &[address("169.254.2.2:2")]));
+        assert!(!may_check(address("169.254.1.1:1"), &[address("127.0.0.1:2")]));
+        assert!(!may_check(address("127.0.0.1:1"), &[]));
+    }
+
+    #[test]
+    fn priorities_of_rfc_8445() {
+        assert_eq!(CandidateKind::Host.priority(), 2_130_706_431);
+        assert!(CandidateKind::PeerReflexive.priority() > CandidateKind::ServerReflexive.priority());
+    }
+}

@@ -1,0 +1,411 @@
+//! The checklist of one round (RFC 8445 section 6.1.2): its pairs, and what each sends next.
+//!
+//! Every pair gets small checks at once, paced by [`PACING`], repeated with growing pauses: a
+//! port-restricted NAT lets the peer's checks in only after ours have gone out. A pair whose small check
+//! was answered and that is nominated sends checks of full size, until one is answered.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use super::candidate::{Candidate, CandidateKind};
+use super::stun::TransactionId;
+
+/// Most pairs of a round: the peer's candidates, what the mediator saw, and peer-reflexive ones.
+const MAX_PAIRS: usize = 64;
+/// Ta at the least that RFC 8445 section 14.2 allows. Rounds have few pairs, and what a hostile peer can
+/// make of it is bounded by [`Budget`](super::budget::Budget).
+const PACING: Duration = Duration::from_millis(5);
+/// Pauses before a small check is repeated; the last one is for all that follow. RFC 8445 section 14.3
+/// starts at 500 ms. Here the first checks are often lost by design, to a NAT that waits for our peer's.
+const SMALL_PAUSES: [Duration; 5] =
+    [Duration::from_millis(150), Duration::from_millis(250), MILLIS_400, MILLIS_600, MILLIS_800];
+/// The same for checks of full size, but at least two round trips.
+const FULL_PAUSES: [Duration; 3] = [Duration::from_millis(100), Duration::from_millis(200), MILLIS_400];
+const MILLIS_400: Duration = Duration::from_millis(400);
+const MILLIS_600: Duration = Duration::from_millis(600);
+const MILLIS_800: Duration = Duration::from_millis(800);
+/// Checks of a pair that may still be answered; older ones are forgotten.
+const MAX_OUTSTANDING: usize = 12;
+/// How long the controlling side waits, after the first success, for a pair that it likes better. That
+/// one was checked before, and a better path is a shorter one: its answer can hardly be later.
+const SETTLE: Duration = Duration::from_millis(20);
+/// A nominated pair that is not confirmed after this time, or five round trips, has failed; the next
+/// best is nominated.
+const NOMINATION: Duration = Duration::from_secs(2);
+
+/// RFC 8445 section 6.1.2.6. There is no `Frozen`: all pairs have the one foundation and component.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum CheckState {
+    /// No check was sent yet.
+    Waiting,
+    /// Checks are on their way.
+    InProgress,
+    /// A check was answered.
+    Succeeded,
+    /// A check was refused, or the path does not carry full size.
+    Failed,
+}
+
+/// The local socket and one remote candidate.
+#[derive(Debug, Clone)]
+pub struct CandidatePair {
+    /// The remote candidate.
+    pub remote: Candidate,
+    /// How far its checks got.
+    pub state: CheckState,
+    /// Our address as the peer saw it, once a check was answered.
+    pub mapped: Option<SocketAddr>,
+    /// Shortest round trip of a check.
+    pub rtt: Option<Duration>,
+    /// Since when this is the pair to use, as far as the controlling side is concerned.
+    pub nominated: Option<Instant>,
+    /// A check of the peer came in.
+    heard: bool,
+    /// A check of full size came in, and one of ours was answered.
+    full_in: bool,
+    full_out: bool,
+    /// When the next check goes out, if any; an urgent one is not paced.
+    due: Option<Instant>,
+    urgent: bool,
+    /// Checks sent since `due` was set by an event.
+    attempts: usize,
+    last_sent: Option<Instant>,
+    outstanding: VecDeque<Sent>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Sent {
+    id: TransactionId,
+    at: Instant,
+    full_size: bool,
+}
+
+impl CandidatePair {
+    /// Datagrams of full size have passed in both directions, on the pair to use.
+    pub(super) fn is_confirmed(&self) -> bool {
+        self.is_valid() && self.full_in && self.full_out
+    }
+
+    /// Checked in both directions and nominated; full size is not yet proved.
+    pub(super) fn is_valid(&self) -> bool {
+        self.state == CheckState::Succeeded && self.nominated.is_some()
+    }
+
+    fn new(now: Instant, remote: Candidate) -> Self {
+        Self {
+            remote,
+            state: CheckState::Waiting,
+            mapped: None,
+            rtt: None,
+            nominated: None,
+            heard: false,
+            full_in: false,
+            full_out: false,
+            due: Some(now),
+            urgent: false,
+            attempts: 0,
+            last_sent: None,
+            outstanding: VecDeque::new(),
+        }
+    }
+
+    fn check_now(&mut self, now: Instant) {
+        self.due = Some(now);
+        self.urgent = true;
+        self.attempts = 0;
+    }
+
+    fn nomination_ends(&self) -> Option<Instant> {
+        self.nominated.map(|at| at + NOMINATION.max(self.rtt.unwrap_or_default() * 5))
+    }
+
+    fn pause(&self) -> Duration {
+        let pauses = if self.is_valid() { &FULL_PAUSES[..] } else { &SMALL_PAUSES[..] };
+        let pause = pauses[self.attempts.min(pauses.len() - 1)];
+        if self.is_valid() { pause.max(self.rtt.unwrap_or_default() * 2) } else { pause }
+    }
+}
+
+/// All pairs of a round.
+#[derive(Debug, Default)]
+pub(super) struct Checklist {
+    pairs: Vec<CandidatePair>,
+    last_paced: Option<Instant>,
+    /// When the first check was answered.
+    first_success: Option<Instant>,
+}
+
+/// A check to send.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Check {
+    pub(super) remote: SocketAddr,
+    pub(super) full_size: bool,
+}
+
+impl Checklist {
+    pub(super) fn pairs(&self) -> &[CandidatePair] {
+        &self.pairs
+    }
+
+    pub(super) fn get(&self, remote: SocketAddr) -> Option<&CandidatePair> {
+        self.pairs.iter().find(|pair| pair.remote.address == remote)
+    }
+
+    /// Adds a pair, unless there is one to that address or no room. A signalled candidate tells more
+    /// about an address than a check that came from it.
+    pub(super) fn add(&mut self, now: Instant, remote: Candidate) {
+        if let Some(pair) = self.get_mut(remote.address) {
+            if pair.remote.kind == CandidateKind::PeerReflexive {
+                pair.remote.kind = remote.kind;
+            }
+        } else if self.pairs.len() < MAX_PAIRS {
+            self.pairs.push(CandidatePair::new(now, remote));
+        }
+    }
+
+    /// An authentic check of the peer came from `remote` (RFC 8445 section 7.3.1.4).
+    pub(super) fn heard(&mut self, now: Instant, remote: SocketAddr, full_size: bool, nominated: bool) {
+        self.add(now, Candidate { kind: CandidateKind::PeerReflexive, address: remote });
+        let Some(pair) = self.get_mut(remote) else { return };
+        let first = !std::mem::replace(&mut pair.heard, true);
+        pair.full_in |= full_size;
+        let newly_nominated = nominated && pair.nominated.is_none();
+        if newly_nominated {
+            pair.nominated = Some(now);
+        }
+        match pair.state {
+            CheckState::Succeeded if newly_nominated => pair.check_now(now),
+            CheckState::Succeeded => {}
+            // A triggered check: the peer's NAT is open for us now.
+            CheckState::Waiting | CheckState::InProgress if first => pair.check_now(now),
+            // The one that we sent just before may still be answered.
+            CheckState::Waiting | CheckState::InProgress => {
+                let soon = pair.last_sent.map_or(now, |last| last + SMALL_PAUSES[0]);
+                pair.due = Some(pair.due.map_or(soon, |due| due.min(soon)));
+            }
+            CheckState::Failed => {}
+        }
+    }
+
+    /// A check of ours to `remote` was answered.
+    pub(super) fn answered(
+        &mut self,
+        now: Instant,
+        remote: SocketAddr,
+        id: TransactionId,
+        mapped: SocketAddr,
+    ) {
+        let Some(pair) = self.get_mut(remote) else { return };
+        let Some(at) = pair.outstanding.iter().position(|sent| sent.id == id) else { return };
+        let Some(sent) = pair.outstanding.remove(at) else { return };
+        let rtt = now.saturating_duration_since(sent.at);
+        pair.rtt = Some(pair.rtt.map_or(rtt, |least| least.min(rtt)));
+        pair.mapped = Some(mapped);
+        pair.full_out |= sent.full_size;
+        match pair.state {
+            CheckState::Waiting | CheckState::InProgress => {
+                pair.state = CheckState::Succeeded;
+                pair.due = None;
+                if pair.nominated.is_some() {
+                    pair.check_now(now);
+                }
+                self.first_success.get_or_insert(now);
+            }
+            // A nomination is repeated until the peer's check of full size is here too: the answer may have
+            // come from a peer that was not yet in the round, and forgot.
+            CheckState::Succeeded if pair.is_confirmed() => pair.due = None,
+            CheckState::Succeeded | CheckState::Failed => {}
+        }
+    }
+
+    /// A check of ours to `remote` was refused.
+    pub(super) fn refused(&mut self, remote: SocketAddr) {
+        if let Some(pair) = self.get_mut(remote) {
+            pair.state = CheckState::Failed;
+            pair.due = None;
+        }
+    }
+
+    /// Whether this transaction with `remote` is one of ours.
+    pub(super) fn asked(&self, remote: SocketAddr, id: TransactionId) -> bool {
+        self.get(remote).is_some_and(|pair| pair.outstanding.iter().any(|sent| sent.id == id))
+    }
+
+    /// No more checks, except for what the peer nominates.
+    pub(super) fn stop(&mut self) {
+        self.pairs.iter_mut().for_each(|pair| pair.due = None);
+    }
+
+    /// When [`Self::send`] has something to send.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.pairs.iter().filter_map(|pair| self.pair_due(pair)).min()
+    }
+
+    /// The check to send now, under this transaction: urgent ones first, then by priority.
+    pub(super) fn send(&mut self, now: Instant, id: TransactionId) -> Option<Check> {
+        let is_due = |pair: &&CandidatePair| self.pair_due(pair).is_some_and(|due| due <= now);
+        let first = |pair: &&CandidatePair| (pair.urgent, pair.remote.kind.priority());
+        let remote = self.pairs.iter().filter(is_due).max_by_key(first)?.remote.address;
+        let pair = self.get_mut(remote)?;
+        let full_size = pair.is_valid();
+        if pair.state == CheckState::Waiting {
+            pair.state = CheckState::InProgress;
+        }
+        pair.due = Some(now + pair.pause());
+        pair.attempts += 1;
+        pair.last_sent = Some(now);
+        if pair.outstanding.len() == MAX_OUTSTANDING {
+            pair.outstanding.pop_front();
+        }
+        pair.outstanding.push_back(Sent { id, at: now, full_size });
+        if !std::mem::take(&mut pair.urgent) {
+            self.last_paced = Some(now);
+        }
+        Some(Check { remote, full_size })
+    }
+
+    /// When [`Self::nominate`] may have something to do (controlling side only).
+    pub(super) fn nomination_due(&self) -> Option<Instant> {
+        match self.nominee() {
+            Some(pair) => pair.nomination_ends(),
+            None => self.best().and(self.first_success).map(|at| at + SETTLE),
+        }
+    }
+
+    /// Chooses the pair to use, when the time has come; drops one that did not live up to it
+    /// (controlling side only).
+    pub(super) fn nominate(&mut self, now: Instant) {
+        let overdue = self.nominee().filter(|pair| pair.nomination_ends().is_some_and(|end| end <= now));
+        if let Some(remote) = overdue.map(|pair| pair.remote.address) {
+            tracing::debug!(%remote, "nominated pair does not carry full size both ways");
+            self.refused(remote);
+        }
+        if self.nominee().is_some() {
+            return;
+        }
+        let Some(best) = self.best() else { return };
+        let remote = best.remote.address;
+        let rival = self.pairs.iter().any(|pair| {
+            matches!(pair.state, CheckState::Waiting | CheckState::InProgress)
+                && pair.remote.kind.priority() > best.remote.kind.priority()
+        });
+        let settled = self.first_success.is_some_and(|at| at + SETTLE <= now);
+        if let Some(pair) = self.get_mut(remote).filter(|_| settled || !rival) {
+            pair.nominated = Some(now);
+            pair.check_now(now);
+        }
+    }
+
+    fn nominee(&self) -> Option<&CandidatePair> {
+        self.pairs.iter().find(|pair| pair.is_valid())
+    }
+
+    /// The best pair that could be nominated: by kind, then by round trip. It must have worked in both
+    /// directions; a peer from which no check came may not be in the round yet.
+    fn best(&self) -> Option<&CandidatePair> {
+        self.pairs
+            .iter()
+            .filter(|pair| pair.state == CheckState::Succeeded && pair.heard && pair.nominated.is_none())
+            .min_by_key(|pair| (std::cmp::Reverse(pair.remote.kind.priority()), pair.rtt))
+    }
+
+    fn pair_due(&self, pair: &CandidatePair) -> Option<Instant> {
+        let paced = self.last_paced.filter(|_| !pair.urgent).map(|last| last + PACING);
+        pair.due.map(|due| paced.map_or(due, |paced| due.max(paced)))
+    }
+
+    fn get_mut(&mut self, remote: SocketAddr) -> Option<&mut CandidatePair> {
+        self.pairs.iter_mut().find(|pair| pair.remote.address == remote)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn candidate(kind: CandidateKind, last: u8) -> Candidate {
+        Candidate { kind, address: ([192, 0, 2, last], 1).into() }
+    }
+
+    /// Sends what is due until `end`. Returns milliseconds, last byte of the address, and whether full size.
+    fn send(checklist: &mut Checklist, start: Instant, end: u64) -> Vec<(u64, u8, bool)> {
+        let mut sent = Vec::new();
+        let end = start + Duration::from_millis(end);
+        while let Some(now) = checklist.due().map(|due| due.max(start)).filter(|due| *due <= end) {
+            let check = checklist.send(now, [sent.len() as u8; 12]).expect("it is due");
+            let SocketAddr::V4(remote) = check.remote else { panic!("IPv4 only") };
+            sent.push(((now - start).as_millis() as u64, remote.ip().octets()[3], check.full_size));
+        }
+        sent
+    }
+
+    #[test]
+    fn paced_by_priority_and_repeated() {
+        let start = Instant::now();
+        let mut checklist = Checklist::default();
+        checklist.add(start, candidate(CandidateKind::ServerReflexive, 1));
+        checklist.add(start, candidate(CandidateKind::Host, 2));
+        let sent = send(&mut checklist, start, 1000);
+        let expected = [(0, 2), (5, 1), (150, 2), (155, 1), (400, 2), (405, 1), (800, 2), (805, 1)];
+        assert_eq!(sent, expected.map(|(at, remote)| (at, remote, false)));
+        assert!(checklist.pairs().iter().all(|pair| pair.state == CheckState::InProgress));
+    }
+
+    #[test]
+    fn a_check_of_the_peer_is_checked_back_at_once() {
+        let start = Instant::now();
+        let mut checklist = Checklist::default();
+        checklist.add(start, candidate(CandidateKind::ServerReflexive, 1));
+        assert_eq!(send(&mut checklist, start, 100).len(), 1);
+        let heard = start + Duration::from_millis(101);
+        checklist.heard(heard, ([192, 0, 2, 1], 1).into(), false, false);
+        assert_eq!(send(&mut checklist, heard, 0), [(0, 1, false)]);
+        // but not for every one that follows
+        checklist.heard(heard, ([192, 0, 2, 1], 1).into(), false, false);
+        assert_eq!(send(&mut checklist, heard, 100), []);
+        // from an address that nobody told of
+        checklist.heard(heard, ([192, 0, 2, 9], 1).into(), false, false);
+        assert_eq!(send(&mut checklist, heard, 50), [(0, 9, false)]);
+        assert_eq!(checklist.pairs()[1].remote.kind, CandidateKind::PeerReflexive);
+    }
+
+    #[test]
+    fn full_size_goes_to_the_nominated_pair_and_to_the_next_when_that_fails() {
+        let start = Instant::now();
+        let mapped = ([198, 51, 100, 1], 1).into();
+        let mut checklist = Checklist::default();
+        checklist.add(start, candidate(CandidateKind::ServerReflexive, 1));
+        checklist.add(start, candidate(CandidateKind::Host, 2));
+        send(&mut checklist, start, 10);
+        let answered = start + Duration::from_millis(12);
+        checklist.answered(answered, ([192, 0, 2, 1], 1).into(), [1; 12], mapped);
+        assert_eq!(checklist.nomination_due(), None, "no check of the peer yet");
+        checklist.heard(answered, ([192, 0, 2, 1], 1).into(), false, false);
+        checklist.nominate(answered);
+        assert_eq!(send(&mut checklist, answered, 10), [], "the host candidate may still answer");
+        let settled = checklist.nomination_due().expect("it settles");
+        assert_eq!(settled, answered + SETTLE);
+        checklist.answered(settled, ([192, 0, 2, 2], 1).into(), [0; 12], mapped);
+        checklist.heard(settled, ([192, 0, 2, 2], 1).into(), false, false);
+        checklist.nominate(settled);
+        assert_eq!(send(&mut checklist, settled, 400), [(0, 2, true), (100, 2, true), (300, 2, true)]);
+        let failed = checklist.nomination_due().expect("it has a deadline");
+        assert_eq!(failed, settled + NOMINATION);
+        checklist.nominate(failed);
+        assert_eq!(checklist.pairs()[1].state, CheckState::Failed);
+        assert_eq!(send(&mut checklist, failed, 0), [(0, 1, true)]);
+    }
+
+    #[test]
+    fn bounded_and_without_doubles() {
+        let start = Instant::now();
+        let mut checklist = Checklist::default();
+        for last in 0..=255 {
+            checklist.add(start, candidate(CandidateKind::PeerReflexive, last));
+            checklist.add(start, candidate(CandidateKind::Host, last));
+        }
+        assert_eq!(checklist.pairs().len(), MAX_PAIRS);
+        assert!(checklist.pairs().iter().all(|pair| pair.remote.kind == CandidateKind::Host));
+    }
+}

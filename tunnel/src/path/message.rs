@@ -1,0 +1,255 @@
+//! The candidate message: all that one end tells the other about itself, in full, each time.
+//!
+//! ```text
+//! u8 format (1) · u8 flags · varint sequence · varint acknowledged · varint round · varint count
+//! count x ( u8 kind · u8 length · address (4 or 16 bytes) · u16 port )
+//! ```
+//! Integers are big-endian, varints as in RFC 9000 section 16. `length` counts address and port: a
+//! candidate of an unknown kind or length is skipped, and so is whatever follows the last candidate.
+
+use std::net::{IpAddr, SocketAddr};
+
+use adit_protocol::varint;
+
+use super::candidate::{Candidate, CandidateKind};
+
+/// Most candidates in one message.
+pub const MAX_CANDIDATES: usize = 32;
+/// Longest message, in bytes.
+pub const MAX_MESSAGE: usize = 4096;
+
+const FORMAT: u8 = 1;
+const WANT_ROUND: u8 = 1 << 0;
+const WANT_ACKNOWLEDGEMENT: u8 = 1 << 1;
+
+/// See the module's documentation.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct CandidateMessage {
+    /// Grows with every change of `state`.
+    pub(super) sequence: u64,
+    /// The highest sequence number that the sender has received.
+    pub(super) acknowledged: u64,
+    /// The sender does not know whether the receiver has this sequence number.
+    pub(super) want_acknowledgement: bool,
+    /// What is told.
+    pub(super) state: State,
+}
+
+/// What one end tells about itself.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct State {
+    /// The round that the sender is in.
+    pub(super) round: u64,
+    /// The sender lost the path of that round, and would like another round.
+    pub(super) want_round: bool,
+    /// Where it may be reached.
+    pub(super) candidates: Vec<Candidate>,
+}
+
+/// Why a candidate message was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum InvalidMessage {
+    /// It ends too early.
+    #[error("the candidate message is truncated")]
+    Truncated,
+    /// It is longer than [`MAX_MESSAGE`].
+    #[error("the candidate message is longer than {MAX_MESSAGE} bytes")]
+    TooLong,
+    /// A peer of a later version, which no longer speaks ours.
+    #[error("unknown format {0} of a candidate message")]
+    UnknownFormat(u8),
+    /// More than [`MAX_CANDIDATES`].
+    #[error("more than {MAX_CANDIDATES} candidates")]
+    TooManyCandidates,
+}
+
+impl CandidateMessage {
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let mut bytes = vec![FORMAT];
+        let round = if self.state.want_round { WANT_ROUND } else { 0 };
+        let acknowledgement = if self.want_acknowledgement { WANT_ACKNOWLEDGEMENT } else { 0 };
+        bytes.push(round | acknowledgement);
+        for number in [self.sequence, self.acknowledged, self.state.round] {
+            varint::put(&mut bytes, number);
+        }
+        let candidates = &self.state.candidates[..self.state.candidates.len().min(MAX_CANDIDATES)];
+        varint::put(&mut bytes, candidates.len() as u64);
+        for candidate in candidates {
+            bytes.push(kind_byte(candidate.kind));
+            match candidate.address.ip() {
+                IpAddr::V4(ip) => {
+                    bytes.push(6);
+                    bytes.extend(ip.octets());
+                }
+                IpAddr::V6(ip) => {
+                    bytes.push(18);
+                    bytes.extend(ip.octets());
+                }
+            }
+            bytes.extend(candidate.address.port().to_be_bytes());
+        }
+        bytes
+    }
+
+    pub(super) fn decode(bytes: &[u8]) -> Result<Self, InvalidMessage> {
+        if bytes.len() > MAX_MESSAGE {
+            return Err(InvalidMessage::TooLong);
+        }
+        let mut rest = bytes;
+        let [format, flags] = take(&mut rest)?;
+        if format != FORMAT {
+            return Err(InvalidMessage::UnknownFormat(format));
+        }
+        let sequence = number(&mut rest)?;
+        let acknowledged = number(&mut rest)?;
+        let round = number(&mut rest)?;
+        let count = number(&mut rest)?;
+        if count > MAX_CANDIDATES as u64 {
+            return Err(InvalidMessage::TooManyCandidates);
+        }
+        let mut candidates = Vec::new();
+        for _ in 0..count {
+            let [kind, length] = take(&mut rest)?;
+            let (body, tail) = rest.split_at_checked(length.into()).ok_or(InvalidMessage::Truncated)?;
+            rest = tail;
+            candidates.extend(candidate(kind, body));
+        }
+        Ok(Self {
+            sequence,
+            acknowledged,
+            want_acknowledgement: flags & WANT_ACKNOWLEDGEMENT != 0,
+            state: State { round, want_round: flags & WANT_ROUND != 0, candidates },
+        })
+    }
+}
+
+fn take<const N: usize>(bytes: &mut &[u8]) -> Result<[u8; N], InvalidMessage> {
+    let (head, tail) = bytes.split_first_chunk().ok_or(InvalidMessage::Truncated)?;
+    *bytes = tail;
+    Ok(*head)
+}
+
+fn number(bytes: &mut &[u8]) -> Result<u64, InvalidMessage> {
+    varint::take(bytes).ok_or(InvalidMessage::Truncated)
+}
+
+fn candidate(kind: u8, body: &[u8]) -> Option<Candidate> {
+    let kind = [CandidateKind::Host, CandidateKind::ServerReflexive, CandidateKind::PeerReflexive]
+        .into_iter()
+        .find(|known| kind_byte(*known) == kind)?;
+    let (ip, port) = body.split_last_chunk()?;
+    let ip = <[u8; 4]>::try_from(ip)
+        .map(IpAddr::from)
+        .or_else(|_| <[u8; 16]>::try_from(ip).map(IpAddr::from))
+        .ok()?;
+    Some(Candidate { kind, address: SocketAddr::new(ip, u16::from_be_bytes(*port)) })
+}
+
+fn kind_byte(kind: CandidateKind) -> u8 {
+    match kind {
+        CandidateKind::Host => 0,
+        CandidateKind::ServerReflexive => 1,
+        CandidateKind::PeerReflexive => 2,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn sample() -> CandidateMessage {
+        let candidate = |kind, text: &str| Candidate { kind, address: text.parse().expect("an address") };
+        CandidateMessage {
+            sequence: 5,
+            acknowledged: 300,
+            want_acknowledgement: true,
+            state: State {
+                round: 2,
+                want_round: true,
+                candidates: vec![
+                    candidate(CandidateKind::Host, "192.0.2.1:40000"),
+                    candidate(CandidateKind::ServerReflexive, "[2001:db8::1]:443"),
+                ],
+            },
+        }
+    }
+
+    #[test]
+    fn bytes_are_locked() {
+        let bytes = [
+            0x01, 0x03, // format 1 · flags: round wanted, acknowledgement wanted
+            0x05, // sequence 5
+            0x41, 0x2c, // acknowledged 300
+            0x02, // round 2
+            0x02, // two candidates
+            0x00, 0x06, 192, 0, 2, 1, 0x9c, 0x40, // host, 6 bytes: 192.0.2.1:40000
+            0x01, 0x12, // server-reflexive, 18 bytes
+            0x20, 0x01, 0x0d, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x01, 0x01, 0xbb,
+        ];
+        assert_eq!(sample().encode(), bytes);
+        assert_eq!(CandidateMessage::decode(&bytes), Ok(sample()));
+    }
+
+    #[test]
+    fn what_a_later_version_adds_is_skipped() {
+        let mut bytes = vec![0x01, 0x80, 0x01, 0x00, 0x01, 0x03];
+        bytes.extend([0x09, 0x06, 192, 0, 2, 1, 0, 1]); // unknown kind
+        bytes.extend([0x00, 0x03, 1, 2, 3]); // unknown length
+        bytes.extend([0x00, 0x06, 192, 0, 2, 1, 0, 1]);
+        bytes.extend([0xff; 9]); // more
+        let message = CandidateMessage::decode(&bytes).expect("a message");
+        assert_eq!(message.state.candidates.len(), 1);
+    }
+
+    #[test]
+    fn bounds() {
+        assert_eq!(CandidateMessage::decode(&[1; MAX_MESSAGE + 1]), Err(InvalidMessage::TooLong));
+        assert_eq!(CandidateMessage::decode(&[2, 0]), Err(InvalidMessage::UnknownFormat(2)));
+        let bytes = [0x01, 0, 0, 0, 0, MAX_CANDIDATES as u8 + 1];
+        assert_eq!(CandidateMessage::decode(&bytes), Err(InvalidMessage::TooManyCandidates));
+        let mut message = sample();
+        message.state.candidates = vec![message.state.candidates[1]; 100];
+        let bytes = message.encode();
+        assert!(bytes.len() <= MAX_MESSAGE);
+        let decoded = CandidateMessage::decode(&bytes).expect("a message");
+        assert_eq!(decoded.state.candidates.len(), MAX_CANDIDATES);
+    }
+
+    prop_compose! {
+        fn any_candidate()(kind in 0u8..3, v6: bool, ip: [u8; 16], port: u16) -> Candidate {
+            let mut body = if v6 { ip.to_vec() } else { ip[..4].to_vec() };
+            body.extend(port.to_be_bytes());
+            candidate(kind, &body).expect("a candidate")
+        }
+    }
+
+    prop_compose! {
+        fn any_message()(
+            sequence in 0..=varint::MAX, acknowledged in 0..=varint::MAX, round in 0..=varint::MAX,
+            want_round: bool, want_acknowledgement: bool,
+            candidates in prop::collection::vec(any_candidate(), 0..=MAX_CANDIDATES),
+        ) -> CandidateMessage {
+            let state = State { round, want_round, candidates };
+            CandidateMessage { sequence, acknowledged, want_acknowledgement, state }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn reads_back_what_it_wrote_and_refuses_every_prefix(message in any_message()) {
+            let bytes = message.encode();
+            for length in 0..bytes.len() {
+                prop_assert_eq!(CandidateMessage::decode(&bytes[..length]), Err(InvalidMessage::Truncated));
+            }
+            prop_assert_eq!(CandidateMessage::decode(&bytes), Ok(message));
+        }
+
+        #[test]
+        fn hostile_bytes_do_no_harm(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            if let Ok(message) = CandidateMessage::decode(&bytes) {
+                prop_assert!(message.state.candidates.len() <= MAX_CANDIDATES);
+            }
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! Policy of the controlling side: when the next round starts. Mechanism is elsewhere.
+
+use std::time::{Duration, Instant};
+
+/// How long to wait after one failure, two, and so on. Someone on the relay whose firewall opens moves
+/// up within some 15 s in the first minutes; later a minute is the price of leaving a hopeless network
+/// alone. Rounds last 5 s themselves.
+const PATIENCE: [Duration; 11] = [
+    Duration::ZERO,
+    Duration::from_secs(2),
+    Duration::from_secs(5),
+    Duration::from_secs(8),
+    Duration::from_secs(8),
+    Duration::from_secs(8),
+    Duration::from_secs(8),
+    Duration::from_secs(8),
+    Duration::from_secs(15),
+    Duration::from_secs(25),
+    Duration::from_secs(45),
+];
+/// A wait is longer by up to this part of itself, so that many sessions do not fall into step.
+const JITTER_PARTS: u32 = 8;
+/// A path that lasted this long was a good one: its loss says nothing about the next.
+const GOOD_PATH: Duration = Duration::from_secs(30);
+/// A confirmed path that carries nothing after this time is a failure: QUIC did not get through.
+const UNUSED: Duration = Duration::from_secs(15);
+
+/// When rounds start.
+pub(super) struct Schedule {
+    state: State,
+    failures: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Waiting { until: Instant },
+    Running,
+    Confirmed { at: Instant },
+    InUse { since: Instant },
+}
+
+/// What the time has brought.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Due {
+    Round,
+    /// The confirmed path has not come into use.
+    Unused,
+}
+
+impl Schedule {
+    /// The first round starts at once.
+    pub(super) fn new(now: Instant) -> Self {
+        Self { state: State::Waiting { until: now }, failures: 0 }
+    }
+
+    /// When [`Self::poll`] has something to say.
+    pub(super) fn due(&self) -> Option<Instant> {
+        match self.state {
+            State::Waiting { until } => Some(until),
+            State::Confirmed { at } => Some(at + UNUSED),
+            State::Running | State::InUse { .. } => None,
+        }
+    }
+
+    pub(super) fn poll(&self, now: Instant) -> Option<Due> {
+        self.due().filter(|due| *due <= now)?;
+        Some(if matches!(self.state, State::Waiting { .. }) { Due::Round } else { Due::Unused })
+    }
+
+    pub(super) fn started(&mut self) {
+        self.state = State::Running;
+    }
+
+    pub(super) fn confirmed(&mut self, now: Instant) {
+        self.state = State::Confirmed { at: now };
+    }
+
+    pub(super) fn in_use(&mut self, now: Instant) {
+        self.state = State::InUse { since: now };
+    }
+
+    /// A round found nothing, or what it found was no use. Means nothing while a path is in use.
+    pub(super) fn failed(&mut self, now: Instant, jitter: u64) {
+        if !matches!(self.state, State::InUse { .. }) {
+            self.fail(now, jitter);
+        }
+    }
+
+    /// The path is gone. A path that comes and goes is left alone for longer and longer. Means nothing
+    /// while no path is known.
+    pub(super) fn lost(&mut self, now: Instant, jitter: u64) {
+        match self.state {
+            State::InUse { since } if now.saturating_duration_since(since) >= GOOD_PATH => {
+                self.failures = 0;
+                self.wait(now, jitter);
+            }
+            State::InUse { .. } | State::Confirmed { .. } => self.fail(now, jitter),
+            State::Waiting { .. } | State::Running => {}
+        }
+    }
+
+    /// An end is on another network now: failures of the past mean nothing.
+    pub(super) fn network_changed(&mut self, now: Instant) {
+        self.failures = 0;
+        if let State::Waiting { until } = &mut self.state {
+            *until = now.min(*until);
+        }
+    }
+
+    fn fail(&mut self, now: Instant, jitter: u64) {
+        self.failures += 1;
+        self.wait(now, jitter);
+    }
+
+    fn wait(&mut self, now: Instant, jitter: u64) {
+        let patience = PATIENCE[self.failures.min(PATIENCE.len() - 1)];
+        let jitter = (jitter % 1024) as u32;
+        self.state = State::Waiting { until: now + patience + patience / JITTER_PARTS * jitter / 1024 };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ROUND: Duration = Duration::from_secs(5);
+
+    #[test]
+    fn from_one_start_of_a_failing_round_to_the_next() {
+        for jitter in [0, 500, 1023] {
+            let start = Instant::now();
+            let mut schedule = Schedule::new(start);
+            let mut last = start;
+            while last < start + Duration::from_secs(600) {
+                let due = schedule.due().expect("it goes on for ever");
+                let most = if due < start + Duration::from_secs(90) { 15 } else { 60 };
+                assert!(due - last <= Duration::from_secs(most), "{:?} at {:?}", due - last, due - start);
+                assert_eq!(schedule.poll(due), Some(Due::Round));
+                schedule.started();
+                assert_eq!(schedule.due(), None);
+                schedule.failed(due + ROUND, jitter);
+                last = due;
+            }
+        }
+    }
+
+    #[test]
+    fn the_loss_of_a_good_path_is_answered_at_once() {
+        let start = Instant::now();
+        let mut schedule = Schedule::new(start);
+        schedule.failed(start, 0);
+        schedule.failed(start, 0);
+        schedule.started();
+        schedule.confirmed(start);
+        schedule.in_use(start);
+        let end = start + GOOD_PATH;
+        schedule.lost(end, 9);
+        assert_eq!(schedule.poll(end), Some(Due::Round));
+    }
+
+    #[test]
+    fn a_path_that_comes_and_goes_is_left_alone_for_longer_and_longer() {
+        let mut now = Instant::now();
+        let mut schedule = Schedule::new(now);
+        let mut waits = Vec::new();
+        for _ in 0..12 {
+            schedule.started();
+            schedule.confirmed(now);
+            schedule.in_use(now);
+            now += Duration::from_secs(3);
+            schedule.lost(now, 0);
+            let due = schedule.due().expect("another round");
+            waits.push((due - now).as_secs());
+            now = due;
+        }
+        assert_eq!(waits, [2, 5, 8, 8, 8, 8, 8, 15, 25, 45, 45, 45]);
+    }
+
+    #[test]
+    fn a_confirmed_path_that_nobody_uses_is_a_failure() {
+        let start = Instant::now();
+        let mut schedule = Schedule::new(start);
+        schedule.started();
+        schedule.confirmed(start);
+        assert_eq!(schedule.poll(start + UNUSED), Some(Due::Unused));
+        schedule.failed(start + UNUSED, 0);
+        assert_eq!(schedule.due(), Some(start + UNUSED + PATIENCE[1]));
+    }
+
+    #[test]
+    fn another_network_another_try() {
+        let start = Instant::now();
+        let mut schedule = Schedule::new(start);
+        (0..20).for_each(|_| schedule.failed(start, 0));
+        assert_eq!(schedule.due(), Some(start + PATIENCE[10]));
+        schedule.network_changed(start);
+        assert_eq!(schedule.due(), Some(start));
+        schedule.in_use(start);
+        schedule.network_changed(start);
+        assert_eq!(schedule.due(), None);
+    }
+}
