@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 
 use adit_protocol::control::{self, Closed, Down, Grant, Renew, Up};
 use adit_protocol::{DeviceId, SessionId};
-use adit_tunnel::path::{Credentials, IceRole};
+use adit_tunnel::path::IceRole;
 use adit_tunnel::session::{CarrierId, CarrierKind, End, Reason};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use crate::control::maintain::{Control, State};
 use crate::direct::{DirectEndpoint, DirectEvent, DirectSession, SessionConfig};
@@ -110,11 +110,18 @@ impl Runner {
                     End::Agent => IceRole::Controlled,
                 },
                 peer: parts.peer,
-                local: credentials(parts.grant.local_ice.as_ref()),
-                remote: credentials(parts.grant.remote_ice.as_ref()),
+                local: parts.grant.local_ice.clone().unwrap_or_default(),
+                remote: parts.grant.remote_ice.clone().unwrap_or_default(),
                 stun_servers: parts.stun.clone(),
             })
         });
+        let direct = match direct.transpose() {
+            Ok(direct) => direct,
+            Err(error) => {
+                warn!(session = %parts.id, %error, "no direct path for this session");
+                None
+            }
+        };
         let relays = parts.via.wants_relay().then(|| {
             Relays::new(parts.identity.clone(), parts.end, parts.peer, tunnel.clone(), parts.grant.relays)
         });
@@ -141,6 +148,7 @@ impl Runner {
     async fn run(mut self, mut notices: mpsc::Receiver<Notice>) {
         let mut control_state = self.control.state();
         while self.closing.is_none() {
+            let deadline = self.deadline();
             let wants_tickets = self.relays.as_ref().is_some_and(Relays::wants_tickets);
             tokio::select! {
                 notice = notices.recv() => match notice {
@@ -161,7 +169,7 @@ impl Runner {
                         tokio::time::sleep(Duration::from_secs(1)).await;
                     }
                 }
-                () = sleep_until(self.deadline()) => self.on_deadline(),
+                () = sleep_until(deadline) => self.on_deadline(),
                 () = self.events.closed() => self.tunnel.close("closed by its user"),
             }
             let connected = matches!(*control_state.borrow_and_update(), State::Connected(_));
@@ -193,17 +201,16 @@ impl Runner {
                 debug!(session = %self.id, "nothing is heard on the only carrier");
                 self.relays.iter_mut().for_each(Relays::dial_all);
             }
-            Notice::CarrierLost { kind, remote, reason } => {
+            Notice::CarrierLost { kind, reason } => {
                 info!(session = %self.id, carrier = kind.as_str(), reason, "carrier lost");
-                match (kind, &self.direct, remote) {
-                    (CarrierKind::Quic, Some(direct), Some(remote)) => direct.carrier_lost(remote, &reason),
-                    (CarrierKind::Quic, ..) => {}
-                    _ => self.relays.iter_mut().for_each(Relays::on_lost),
+                // The search for a direct path notices by itself that its connection is closed.
+                if kind.tier() == "relay" {
+                    self.relays.iter_mut().for_each(Relays::on_lost);
                 }
             }
             Notice::Message(message) => {
                 if let Some(direct) = &self.direct {
-                    direct.handle_message(message.to_vec());
+                    direct.handle.handle_message(message.to_vec());
                 }
             }
             Notice::Closed(reason) => self.closing = Some(reason),
@@ -215,10 +222,10 @@ impl Runner {
             Down::Candidates(candidates) => {
                 let Some(direct) = &self.direct else { return };
                 if !candidates.candidates.is_empty() {
-                    direct.handle_message(candidates.candidates);
+                    direct.handle.handle_message(candidates.candidates);
                 }
                 if let Ok(seen) = candidates.seen.parse() {
-                    direct.peer_seen(seen);
+                    direct.handle.peer_seen(seen);
                 }
             }
             Down::Tickets(tickets) => {
@@ -249,7 +256,9 @@ impl Runner {
                     quic_carrier::run(tunnel, connection, local).await;
                 });
             }
-            DirectEvent::Failed { reason } => debug!(session = %self.id, reason, "no direct path for now"),
+            DirectEvent::Failed { reason, retry } => {
+                debug!(session = %self.id, reason, ?retry, "no direct path for now");
+            }
         }
     }
 
@@ -315,12 +324,6 @@ impl Runner {
         let _ = tokio::time::timeout(GOODBYE, goodbye).await;
         let _ = self.events.send(SessionEvent::Closed { reason }).await;
     }
-}
-
-/// Agents and technicians agree on nothing without credentials: empty ones match no check.
-fn credentials(ice: Option<&control::IceCredentials>) -> Credentials {
-    let ice = ice.cloned().unwrap_or_default();
-    Credentials { ufrag: ice.ufrag, password: ice.password }
 }
 
 /// The moment of a wall-clock time, for a process that may sleep in between: good enough to end a

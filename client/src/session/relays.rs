@@ -126,10 +126,10 @@ impl Relays {
 
     pub(super) fn on_tickets(&mut self, tickets: Vec<RelayTicket>) {
         for ticket in tickets {
-            match self.relays.iter_mut().find(|relay| relay.id == ticket.relay) {
-                Some(relay) => relay.ticket = Some(ticket),
-                None if self.relays.len() < MAX_RELAYS => self.relays.push(Relay::new(ticket)),
-                None => {}
+            if let Some(relay) = self.relays.iter_mut().find(|relay| relay.id == ticket.relay) {
+                relay.ticket = Some(ticket);
+            } else if self.relays.len() < MAX_RELAYS {
+                self.relays.push(Relay::new(ticket));
             }
         }
         if self.running == 0 {

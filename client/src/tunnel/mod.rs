@@ -50,8 +50,6 @@ pub enum Notice {
     CarrierLost {
         /// Which.
         kind: CarrierKind,
-        /// Where its transport went to.
-        remote: Option<SocketAddr>,
         /// Why, for people.
         reason: String,
     },
@@ -361,11 +359,7 @@ impl Tunnel {
         });
         if let Some(carrier) = known {
             let reason = carrier.given_up.unwrap_or_else(|| reason.to_owned());
-            let _ = self.0.notices.try_send(Notice::CarrierLost {
-                kind: carrier.kind,
-                remote: carrier.remote,
-                reason,
-            });
+            let _ = self.0.notices.try_send(Notice::CarrierLost { kind: carrier.kind, reason });
         }
     }
 }
