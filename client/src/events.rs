@@ -175,6 +175,7 @@ mod tests {
                 rtt: Some(Duration::from_micros(1_940)),
                 bytes: (0, 0),
                 active: true,
+                ready: true,
             },
             reason: "direct path confirmed".to_owned(),
             since_start: Duration::from_millis(41),

@@ -2,6 +2,7 @@
 
 pub mod agent;
 pub mod allow;
+pub mod cli;
 pub mod control;
 pub mod copy;
 pub mod dial;

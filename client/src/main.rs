@@ -1,1 +1,7 @@
-fn main() {}
+//! The `adit` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    adit_client::cli::main(std::env::args_os())
+}

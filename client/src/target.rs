@@ -31,7 +31,7 @@ pub fn idle_timeout(port: u16) -> Duration {
 
 /// Serves one stream: connects `target` if the allow list has it, and copies until both directions have
 /// ended. The technician hears why not.
-pub async fn serve_stream(mut stream: TunnelStream, target: Target, allow: Arc<AllowList>) {
+pub async fn serve_stream(stream: TunnelStream, target: Target, allow: Arc<AllowList>) {
     let connected = tokio::select! {
         connected = connect(&target, &allow) => connected,
         // The technician does not want it any more.

@@ -1,5 +1,6 @@
 //! The command line of `adit-mediator`.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use adit_client::exit::Failure;
@@ -7,6 +8,7 @@ use adit_protocol::Role;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::config::parse_hosts;
+use crate::demo::{self, Demo};
 use crate::error::Error;
 use crate::organisation::Organisation;
 use crate::server::Mediator;
@@ -35,6 +37,16 @@ pub enum Command {
     /// Make an enrolment token and print it.
     #[command(after_help = "Example: adit-mediator token --role agent --tag site=berlin")]
     Token(Token),
+    /// Everything on this machine with throwaway keys: server, agent, technician and a tunnel.
+    #[command(after_help = "Example: adit-mediator demo --target 127.0.0.1:22")]
+    Demo(Demo),
+    /// The `adit` command, which the demo runs from this same program.
+    #[command(hide = true, disable_help_flag = true)]
+    Adit {
+        /// Arguments of `adit`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
 }
 
 /// Arguments of `init`.
@@ -104,6 +116,11 @@ pub async fn run(cli: Cli) -> Result<(), Box<dyn Failure>> {
         Command::Init(arguments) => init(&arguments),
         Command::Run(arguments) => serve(&arguments).await,
         Command::Token(arguments) => make_token(arguments).await,
+        Command::Demo(arguments) => {
+            return demo::run(arguments).await.map_err(|error| Box::new(error) as Box<dyn Failure>);
+        }
+        // Taken before there is a runtime.
+        Command::Adit { .. } => Ok(()),
     };
     done.map_err(|error| Box::new(error) as Box<dyn Failure>)
 }
@@ -141,7 +158,7 @@ async fn make_token(arguments: Token) -> Result<(), Error> {
 }
 
 /// Ctrl-C, and SIGTERM where there is one. Caught from the call on, not only from the first poll.
-fn stop_signal() -> impl Future<Output = ()> {
+pub(crate) fn stop_signal() -> impl Future<Output = ()> {
     #[cfg(unix)]
     let terminate = {
         use tokio::signal::unix::{SignalKind, signal};

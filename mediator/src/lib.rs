@@ -19,6 +19,7 @@ pub mod broker;
 pub mod channel;
 pub mod cli;
 pub mod config;
+pub mod demo;
 pub mod enrolment;
 pub mod error;
 pub mod metrics;

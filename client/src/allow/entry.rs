@@ -77,7 +77,9 @@ impl Network {
     fn parse(address: IpAddr, prefix: Option<&str>) -> Result<Self, Wrong> {
         let bits = if address.is_ipv4() { 32 } else { 128 };
         let prefix = match prefix {
-            Some(text) => text.parse::<u8>().ok().filter(|prefix| *prefix <= bits).ok_or(Wrong::Prefix(bits))?,
+            Some(text) => {
+                text.parse::<u8>().ok().filter(|prefix| *prefix <= bits).ok_or(Wrong::Prefix(bits))?
+            }
             None => bits,
         };
         // ::ffff:10.0.0.0/104 is 10.0.0.0/8.

@@ -72,13 +72,17 @@ impl AllowList {
     pub fn permits(&self, target: &Target, address: IpAddr) -> bool {
         let address = address.to_canonical();
         let special = special::range_of(address);
-        self.entries.iter().filter(|entry| entry.may_match(target)).any(|entry| match (&entry.host, special) {
-            (Host::Network(network), None) => network.contains(address),
-            (Host::Network(network), Some(special)) => special.covers(network) && network.contains(address),
-            // A name says nothing about special addresses: whoever answers for it could mean any. The
-            // one name that names a special range is localhost (RFC 6761 section 6.3).
-            (Host::Name(_), None) => !entry.is_localhost(),
-            (Host::Name(_), Some(_)) => entry.is_localhost() && address.is_loopback(),
+        self.entries.iter().filter(|entry| entry.may_match(target)).any(|entry| {
+            match (&entry.host, special) {
+                (Host::Network(network), None) => network.contains(address),
+                (Host::Network(network), Some(special)) => {
+                    special.covers(network) && network.contains(address)
+                }
+                // A name says nothing about special addresses: whoever answers for it could mean any. The
+                // one name that names a special range is localhost (RFC 6761 section 6.3).
+                (Host::Name(_), None) => !entry.is_localhost(),
+                (Host::Name(_), Some(_)) => entry.is_localhost() && address.is_loopback(),
+            }
         })
     }
 
@@ -244,7 +248,8 @@ mod tests {
             "ff02::1",
             "fd00:ec2::254",
         ] {
-            let target = if address.contains(':') { format!("[{address}]:80") } else { format!("{address}:80") };
+            let target =
+                if address.contains(':') { format!("[{address}]:80") } else { format!("{address}:80") };
             assert!(!permits(&everything, &target, address), "{address}");
             // DNS rebinding: the name is allowed, but now it points there.
             assert!(!permits(&everything, "rebound.example:80", address), "rebound to {address}");
@@ -284,7 +289,9 @@ mod tests {
     #[tokio::test]
     async fn odd_spellings_are_the_address_that_they_mean() {
         let everything = list("0.0.0.0/0:1-65535 [::/0]:1-65535");
-        for spelling in ["2130706433", "0177.0.0.1", "0x7f.1", "0x7f000001", "127.1", "127.0.1", "0", "2852039166"] {
+        for spelling in
+            ["2130706433", "0177.0.0.1", "0x7f.1", "0x7f000001", "127.1", "127.0.1", "0", "2852039166"]
+        {
             let target: Target = format!("{spelling}:80").parse().expect(spelling);
             let checked = everything.resolve_and_check(&target).await;
             assert!(checked.is_err(), "{spelling}: {checked:?}");

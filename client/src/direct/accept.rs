@@ -1,11 +1,10 @@
 //! The agent's side of QUIC: takes connections from confirmed addresses, for a session that it has, and
 //! from that session's technician.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use adit_protocol::DeviceId;
+use adit_protocol::{DeviceId, SessionId};
 use quinn::crypto::rustls::HandshakeData;
 use quinn::{Connection, ConnectionError, Endpoint, Incoming, VarInt};
 use rustls::pki_types::CertificateDer;
@@ -47,19 +46,21 @@ pub(super) async fn run(endpoint: Endpoint, demux: Arc<Demux>) {
 }
 
 async fn handshake(incoming: Incoming, demux: Arc<Demux>) -> Result<(), Refusal> {
+    // The address of the path; the connection's own may change.
     let remote = incoming.remote_address();
-    let mut connecting = incoming.accept()?;
-    let data = connecting.handshake_data().await?;
-    let name = data.downcast::<HandshakeData>().ok().and_then(|data| data.server_name);
-    let session = name.as_deref().and_then(quic::named_session).ok_or(Refusal::NoSession)?;
-    let entry = demux.confirmed_session(session, remote).ok_or(Refusal::NoSession)?;
-    let connection = connecting.await?;
-    let peer = peer_of(&connection);
-    if peer != Some(entry.peer) {
-        connection.close(REFUSED, b"not the peer of this session");
-        return Err(Refusal::OtherDevice);
-    }
-    entry.accepted.try_send(connection).map_err(|_| Refusal::TooMany(remote))
+    // From now on it is a technician of our organisation.
+    let connection = incoming.accept()?.await?;
+    let session = session_of(&connection).and_then(|session| demux.confirmed_session(session, remote));
+    let Some(entry) = session.filter(|entry| peer_of(&connection) == Some(entry.peer)) else {
+        connection.close(REFUSED, b"not the peer of a session here");
+        return Err(Refusal::Stranger);
+    };
+    entry.accepted.try_send((connection, remote)).map_err(|_| Refusal::TooMany)
+}
+
+fn session_of(connection: &Connection) -> Option<SessionId> {
+    let data = connection.handshake_data()?.downcast::<HandshakeData>().ok()?;
+    quic::named_session(data.server_name.as_deref()?)
 }
 
 fn peer_of(connection: &Connection) -> Option<DeviceId> {
@@ -73,10 +74,8 @@ enum Refusal {
     Slow,
     #[error("the handshake failed: {0}")]
     Handshake(#[from] ConnectionError),
-    #[error("it names no session whose path leads to it")]
-    NoSession,
-    #[error("it is not the peer of the session that it names")]
-    OtherDevice,
-    #[error("{0} connects faster than connections are taken")]
-    TooMany(SocketAddr),
+    #[error("it is not the peer of a session whose path leads to it")]
+    Stranger,
+    #[error("the session takes no more connections")]
+    TooMany,
 }

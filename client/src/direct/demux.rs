@@ -33,8 +33,8 @@ pub(super) struct Entry {
     pub(super) agent: Mutex<PathAgent>,
     /// Wakes the path task.
     pub(super) wake: Notify,
-    /// Takes authenticated connections of the peer.
-    pub(super) accepted: mpsc::Sender<Connection>,
+    /// Takes authenticated connections of the peer, with the address of their path.
+    pub(super) accepted: mpsc::Sender<(Connection, SocketAddr)>,
 }
 
 impl Entry {

@@ -14,8 +14,8 @@
 //! [`DirectEndpoint::bind`] once, [`DirectEndpoint::session`] for each session. Its
 //! [`DirectEvent::Message`]s go to the peer's [`DirectHandle::handle_message`] by whatever way there is.
 //! When both path engines have confirmed a path, the technician dials QUIC over it, and both ends get
-//! [`DirectEvent::Connected`]. When the connection closes, or the engine says that it fell silent
-//! ([`DirectHandle::carrier_lost`]), the search starts again.
+//! [`DirectEvent::Connected`]. When the connection closes, or the session says that it fell silent
+//! ([`DirectHandle::silent`]), the search starts again.
 
 mod accept;
 mod demux;
@@ -96,15 +96,14 @@ impl DirectEndpoint {
     /// # Errors
     /// [`SessionError`] when the grant's ICE credentials or this device's certificate are of no use.
     pub fn session(self: &Arc<Self>, config: SessionConfig) -> Result<DirectSession, SessionError> {
-        let credentials = |ice: &IceCredentials| Credentials::new(&ice.ufrag, &ice.password);
         let (command_sender, commands) = mpsc::channel(QUEUE);
         let (event_sender, events) = mpsc::channel(QUEUE);
         let task = PathTask {
             role: config.role,
             session: config.session,
             peer: config.peer,
-            local: credentials(&config.local)?,
-            remote: credentials(&config.remote)?,
+            local: Credentials::new(&config.local.ufrag, &config.local.password)?,
+            remote: Credentials::new(&config.remote.ufrag, &config.remote.password)?,
             stun_servers: config.stun_servers,
             handshake: Handshake::new(config.session, config.role, &config.local.password)?,
             client: quic::client_config(&self.identity, config.peer)?,
@@ -193,10 +192,10 @@ impl DirectHandle {
         self.tell(Command::PeerSeen(address));
     }
 
-    /// The carrier over `connection` fell silent: the search starts again. A connection that closes is
-    /// noticed without this call. Says nothing about a connection that has taken its place since.
-    pub fn carrier_lost(&self, connection: &Connection, reason: &str) {
-        self.tell(Command::CarrierLost { connection: connection.stable_id(), reason: reason.to_owned() });
+    /// Nothing is heard on the connection handed out last: the search starts again, and the connection
+    /// is left as it is. One that closes, at whichever end, is noticed without this call.
+    pub fn silent(&self, reason: &str) {
+        self.tell(Command::Silent(reason.to_owned()));
     }
 
     fn tell(&self, command: Command) {

@@ -36,13 +36,8 @@ pub(super) enum Command {
     Message(Vec<u8>),
     /// The mediator saw the peer there.
     PeerSeen(SocketAddr),
-    /// The carrier over this connection fell silent.
-    CarrierLost {
-        /// [`Connection::stable_id`].
-        connection: usize,
-        /// For people.
-        reason: String,
-    },
+    /// Nothing is heard on the current connection, and why that is thought.
+    Silent(String),
 }
 
 /// All that the task starts with.
@@ -97,7 +92,7 @@ impl PathTask {
 struct Driver {
     task: PathTask,
     entry: Arc<Entry>,
-    accepted: mpsc::Receiver<Connection>,
+    accepted: mpsc::Receiver<(Connection, SocketAddr)>,
     /// At most one, beside those that were aborted.
     dialling: JoinSet<(SocketAddr, Result<Connection, DialError>)>,
     /// The path confirmed last.
@@ -107,7 +102,6 @@ struct Driver {
 
 /// The connection that the session got last.
 struct Current {
-    id: usize,
     /// The path's address. The connection's own changes when a NAT maps it anew.
     path: SocketAddr,
     closed: Pin<Box<dyn Future<Output = ConnectionError> + Send>>,
@@ -128,10 +122,7 @@ impl Driver {
                 () = self.entry.wake.notified() => {}
                 () = reached(deadline) => self.tell(|agent, now| agent.handle_timeout(now)),
                 Some(dialled) = self.dialling.join_next() => self.dialled(dialled),
-                Some(connection) = self.accepted.recv() => {
-                    let remote = connection.remote_address();
-                    self.connected(connection, remote);
-                }
+                Some((connection, remote)) = self.accepted.recv() => self.connected(connection, remote),
                 error = closed(&mut self.current) => self.lost(&error.to_string()),
                 _ = interfaces.tick() => self.list_interfaces(),
             }
@@ -193,11 +184,7 @@ impl Driver {
                 });
             }
             Command::PeerSeen(address) => self.tell(|agent, now| agent.add_peer_seen(now, address)),
-            Command::CarrierLost { connection, reason } => {
-                if self.current.as_ref().is_some_and(|current| current.id == connection) {
-                    self.lost(&reason);
-                }
-            }
+            Command::Silent(reason) => self.lost(&reason),
         }
     }
 
@@ -230,7 +217,7 @@ impl Driver {
         let local = confirmed.map(|confirmed| confirmed.local.address);
         let watched = connection.clone();
         let closed = Box::pin(async move { watched.closed().await });
-        self.current = Some(Current { id: connection.stable_id(), path: remote, closed });
+        self.current = Some(Current { path: remote, closed });
         self.tell(|agent, now| agent.path_in_use(now, remote));
         self.push(DirectEvent::Connected { connection, local });
     }

@@ -56,9 +56,8 @@ mod tests {
         let complaints = Complaints::default();
         let target = "127.0.0.1:3389".parse().expect("a target");
         let start = Instant::now();
-        let mut line = |code, ms| {
-            complaints.line(&target, StreamError::Reset(code), start + Duration::from_millis(ms))
-        };
+        let line =
+            |code, ms| complaints.line(&target, StreamError::Reset(code), start + Duration::from_millis(ms));
         let refused = "127.0.0.1:3389: the target refused the connection";
         assert_eq!(line(ResetCode::Refused, 0).as_deref(), Some(refused));
         assert_eq!(line(ResetCode::Refused, 10), None);

@@ -51,9 +51,8 @@ impl FromStr for ForwardSpec {
 pub(super) fn preferred_ports(agent: &str, target: &Target) -> impl Iterator<Item = u16> {
     let start = fnv1a(format!("{agent} {target}").as_bytes());
     // A step that is prime to the number of ports visits all of them.
-    (0..u64::from(PORTS)).map(move |step| {
-        FIRST_PORT + ((start % u64::from(PORTS) + step * 7919) % u64::from(PORTS)) as u16
-    })
+    (0..u64::from(PORTS))
+        .map(move |step| FIRST_PORT + ((start % u64::from(PORTS) + step * 7919) % u64::from(PORTS)) as u16)
 }
 
 /// Splits at the colons outside brackets.
@@ -93,9 +92,9 @@ fn parse_bind(text: &str) -> Result<IpAddr, InvalidForward> {
 
 /// FNV-1a, 64 bits: must stay the same in all versions, which the standard library's hash does not.
 fn fnv1a(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
-    })
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 /// Not a forward.

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use std::sync::Arc;
 
-use adit_protocol::frame::ResetCode;
 use adit_protocol::Target;
+use adit_protocol::frame::ResetCode;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tracing::warn;
@@ -54,7 +54,8 @@ pub(super) async fn serve(listener: TcpListener, target: Target, tunnel: Tunnel)
 async fn pass(tcp: TcpStream, stream: TunnelStream, target: Target, complaints: Arc<Complaints>) {
     match copy(tcp, stream).await {
         // Closed by the application at the other end, or with the session: that is said elsewhere.
-        Ok(()) | Err(StreamError::Closed | StreamError::Reset(ResetCode::Aborted | ResetCode::SessionEnded)) => {}
+        Ok(())
+        | Err(StreamError::Closed | StreamError::Reset(ResetCode::Aborted | ResetCode::SessionEnded)) => {}
         Err(error) => complaints.say(&target, error),
     }
 }

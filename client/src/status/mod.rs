@@ -162,7 +162,9 @@ impl Failure for StatusError {
 
     fn remedy(&self) -> Option<String> {
         match self {
-            Self::NotSupported => Some("the commands themselves tell their tiers: adit forward --json".to_owned()),
+            Self::NotSupported => {
+                Some("the commands themselves tell their tiers: adit forward --json".to_owned())
+            }
             Self::Io { .. } => Some("check that the directory can be read by this user".to_owned()),
         }
     }
@@ -170,7 +172,8 @@ impl Failure for StatusError {
 
 impl From<&SessionInfo> for SessionStatus {
     fn from(info: &SessionInfo) -> Self {
-        let carriers: Vec<CarrierStatus> = info.tunnel.carriers().into_iter().map(CarrierStatus::from).collect();
+        let carriers: Vec<CarrierStatus> =
+            info.tunnel.carriers().into_iter().map(CarrierStatus::from).collect();
         let (sent, received) = info.tunnel.bytes();
         Self {
             session: info.session.to_string(),

@@ -84,10 +84,16 @@ impl Failure for StdioError {
         let Self::Stream { target, error: StreamError::Reset(code) } = self else { return None };
         Some(match code {
             ResetCode::NotAllowed => {
-                format!("whoever runs the agent can allow it: adit agent --allow {target}, beside what it allows now")
+                format!(
+                    "whoever runs the agent can allow it: adit agent --allow {target}, beside what it allows now"
+                )
             }
-            ResetCode::Refused => format!("check that the service at {target}, as seen from the agent, is running"),
-            ResetCode::Unreachable => "check the address, and that no firewall is between the agent and it".to_owned(),
+            ResetCode::Refused => {
+                format!("check that the service at {target}, as seen from the agent, is running")
+            }
+            ResetCode::Unreachable => {
+                "check the address, and that no firewall is between the agent and it".to_owned()
+            }
             ResetCode::NotFound => "check the name, or give an address".to_owned(),
             ResetCode::Overloaded => "try again when some of them are closed".to_owned(),
             _ => return None,

@@ -17,7 +17,9 @@ use super::{Reader, Writer};
 
 /// Standard input.
 pub(super) fn stdin() -> Reader {
-    match open(std::io::stdin().as_fd(), |fd| pipe::Receiver::from_owned_fd(fd).map(|pipe| Box::new(pipe) as Reader)) {
+    match open(std::io::stdin().as_fd(), |fd| {
+        pipe::Receiver::from_owned_fd(fd).map(|pipe| Box::new(pipe) as Reader)
+    }) {
         Ok(Some((reader, restore))) => Box::new(Input { reader, _restore: restore }),
         Ok(None) | Err(_) => Box::new(tokio::io::stdin()),
     }
@@ -25,7 +27,9 @@ pub(super) fn stdin() -> Reader {
 
 /// Standard output. Shutting it down closes it for good, so that its reader sees the end of file.
 pub(super) fn stdout() -> Writer {
-    match open(std::io::stdout().as_fd(), |fd| pipe::Sender::from_owned_fd(fd).map(|pipe| Box::new(pipe) as Writer)) {
+    match open(std::io::stdout().as_fd(), |fd| {
+        pipe::Sender::from_owned_fd(fd).map(|pipe| Box::new(pipe) as Writer)
+    }) {
         Ok(Some((writer, restore))) => Box::new(Output { writer: Some(writer), restore: Some(restore) }),
         Ok(None) | Err(_) => Box::new(Output { writer: Some(Box::new(tokio::io::stdout())), restore: None }),
     }
@@ -87,7 +91,11 @@ struct Input {
 }
 
 impl AsyncRead for Input {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         Pin::new(&mut self.reader).poll_read(cx, buf)
     }
 }
@@ -136,5 +144,56 @@ impl AsyncWrite for Output {
             return Poll::Ready(result);
         }
         Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    fn flags(fd: &impl AsFd) -> OFlags {
+        fcntl_getfl(fd).expect("flags")
+    }
+
+    #[tokio::test]
+    async fn a_pipe_does_not_block_while_it_is_ours_and_does_again_afterwards() {
+        let (reader, mut writer) = io::pipe().expect("pipe");
+        let before = flags(&reader);
+        let opened = open(reader.as_fd(), |fd| {
+            pipe::Receiver::from_owned_fd(fd).map(|pipe| Box::new(pipe) as Reader)
+        });
+        let (mut ours, restore) = opened.expect("opens").expect("is a pipe");
+        assert!(flags(&reader).contains(OFlags::NONBLOCK));
+        writer.write_all(b"\0binary\xff\n").expect("writes");
+        let mut bytes = [0; 9];
+        ours.read_exact(&mut bytes).await.expect("reads");
+        assert_eq!(&bytes, b"\0binary\xff\n");
+        drop(writer);
+        assert_eq!(ours.read(&mut bytes).await.expect("reads"), 0);
+        drop((ours, restore));
+        assert_eq!(flags(&reader), before);
+    }
+
+    #[tokio::test]
+    async fn a_socket_is_read_and_written_too() {
+        let (near, mut far) = std::os::unix::net::UnixStream::pair().expect("pair");
+        let opened = open(near.as_fd(), |_| Err::<Writer, _>(io::ErrorKind::InvalidInput.into()));
+        let (mut ours, _restore) = opened.expect("opens").expect("is a socket");
+        ours.write_all(b"there").await.expect("writes");
+        ours.shutdown().await.expect("ends");
+        let mut bytes = Vec::new();
+        far.read_to_end(&mut bytes).expect("reads");
+        assert_eq!(bytes, b"there");
+    }
+
+    #[tokio::test]
+    async fn a_file_goes_another_way() {
+        let file = File::open("/dev/null").expect("is there");
+        let opened = open(file.as_fd(), |fd| {
+            pipe::Receiver::from_owned_fd(fd).map(|pipe| Box::new(pipe) as Reader)
+        });
+        assert!(opened.expect("asks").is_none());
     }
 }

@@ -1,0 +1,216 @@
+//! The command line of `adit`: parses, runs, and maps errors to exit codes.
+
+mod agent;
+mod data;
+mod enroll;
+mod forward;
+mod ls;
+mod signals;
+mod status;
+mod stdio;
+mod technician;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
+
+use crate::events::{complain, printable};
+use crate::exit::{Exit, Failure, report};
+
+/// Reach RDP, SSH, HTTP and other services on machines behind NAT and firewalls.
+#[derive(Debug, Parser)]
+#[command(
+    name = "adit",
+    version,
+    arg_required_else_help = true,
+    after_help = "Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 refused (identity, policy, ticket), \
+                  4 unreachable (server, agent or target), 5 timed out.\n\
+                  Ctrl-C and SIGTERM end streams and sessions cleanly and are no failure (0); a second one ends \
+                  at once (1)."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// What to log on standard error: error, warn, info, debug, trace, or a filter such as adit_client=debug.
+    #[arg(long, global = true, env = "ADIT_LOG", value_name = "FILTER")]
+    log: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Enroll(enroll::Enroll),
+    Agent(agent::Agent),
+    Ls(ls::Ls),
+    Forward(forward::Forward),
+    Stdio(stdio::Stdio),
+    Status(status::Status),
+}
+
+/// Runs `adit` with these arguments; the first is the name of the program.
+pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            return if error.use_stderr() { Exit::Usage.into() } else { Exit::Done.into() };
+        }
+    };
+    match run(cli) {
+        Ok(()) => Exit::Done.into(),
+        Err(Failed(failure)) => {
+            // What failed may quote what others sent.
+            for line in report(&*failure).lines() {
+                complain(&printable(line, 2000));
+            }
+            failure.exit().into()
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<(), Failed> {
+    start_log(cli.log.as_deref(), &cli.command)?;
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(CliError::Runtime)?;
+    let done = runtime.block_on(async {
+        match cli.command {
+            Command::Enroll(command) => command.run().await,
+            Command::Agent(command) => command.run().await,
+            Command::Ls(command) => command.run().await,
+            Command::Forward(command) => command.run().await,
+            Command::Stdio(command) => command.run().await,
+            Command::Status(command) => command.run().await,
+        }
+    });
+    // A thread that waits for a terminal, or for the resolver, holds up nobody.
+    runtime.shutdown_background();
+    done
+}
+
+fn start_log(filter: Option<&str>, command: &Command) -> Result<(), CliError> {
+    let default = if matches!(command, Command::Agent(_)) { "info" } else { "warn" };
+    let filter = filter.filter(|filter| !filter.is_empty()).unwrap_or(default);
+    let filter = EnvFilter::builder().parse(filter).map_err(|_| CliError::Log(filter.to_owned()))?;
+    // A program that embeds this one may log already.
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    Ok(())
+}
+
+/// Any error that ends the program.
+struct Failed(Box<dyn Failure>);
+
+impl<E: Failure + 'static> From<E> for Failed {
+    fn from(error: E) -> Self {
+        Self(Box::new(error))
+    }
+}
+
+/// Errors of the command line itself.
+#[derive(Debug, thiserror::Error)]
+enum CliError {
+    #[error("the runtime could not be started: {0}")]
+    Runtime(std::io::Error),
+    #[error("{0:?} is no log filter")]
+    Log(String),
+    #[error("this system names no home directory for this user")]
+    NoHome,
+    #[error("this device is enrolled as {is}, and this command is for the role {wanted}")]
+    WrongRole { is: adit_protocol::Role, wanted: adit_protocol::Role },
+    #[error("the token cannot be read from {from}: {error}")]
+    TokenFile { from: String, error: std::io::Error },
+    #[error("{agent} did not open the session within {seconds} s{detail}")]
+    NotOpened { agent: String, seconds: u64, detail: &'static str },
+    #[error("the session has ended: {0}")]
+    Ended(String),
+    #[error("this version has no redirector")]
+    NoRedirector,
+    #[error("`adit stdio` takes a TCP target, and {0} is UDP")]
+    UdpOnStdio(adit_protocol::Target),
+}
+
+impl Failure for CliError {
+    fn exit(&self) -> Exit {
+        match self {
+            Self::Runtime(_) | Self::Ended(_) => Exit::Failed,
+            Self::NotOpened { .. } => Exit::TimedOut,
+            Self::Log(_)
+            | Self::NoHome
+            | Self::WrongRole { .. }
+            | Self::TokenFile { .. }
+            | Self::NoRedirector
+            | Self::UdpOnStdio(_) => Exit::Usage,
+        }
+    }
+
+    fn remedy(&self) -> Option<String> {
+        Some(match self {
+            Self::Runtime(_) => return None,
+            Self::Log(_) => "for example --log debug, or --log warn,adit_client=trace".to_owned(),
+            Self::NoHome => "name the state directory with --data".to_owned(),
+            Self::WrongRole { wanted, .. } => {
+                format!("name another directory with --data, or enrol with a token for the role {wanted}")
+            }
+            Self::TokenFile { .. } => "check the path, or give the token itself".to_owned(),
+            Self::NotOpened { .. } => {
+                "check with `adit ls` that the agent is online; some firewall may block the ways to it"
+                    .to_owned()
+            }
+            Self::Ended(_) => "run the command again for a new session".to_owned(),
+            Self::NoRedirector => "use --via auto, direct or relay".to_owned(),
+            Self::UdpOnStdio(_) => "use adit forward for UDP".to_owned(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent_and_every_command_has_an_example() {
+        let mut command = Cli::command();
+        command.build();
+        command.clone().debug_assert();
+        for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
+            let help = sub.clone().render_long_help().to_string();
+            assert!(help.contains("Example"), "{}: {help}", sub.get_name());
+            assert!(help.contains("--data"), "{}: {help}", sub.get_name());
+        }
+    }
+
+    #[test]
+    fn what_scripts_write_is_understood() {
+        for line in [
+            "adit enroll adit1.AAAA --data D --name n --tag k=v --tag a=b",
+            "adit enroll - --data D",
+            "adit enroll --token-file F --data D",
+            "adit agent --data D --allow 127.0.0.0/8:1-65535 --allow db:53/udp --json",
+            "adit ls --data D --json",
+            "adit forward pc -L 127.0.0.1:0:127.0.0.1:3389 -L 5353:10.0.0.53:53/udp --data D --via relay --json",
+            "adit stdio pc 127.0.0.1:22 --data D --via direct",
+            "adit status --data D --json",
+        ] {
+            Cli::try_parse_from(line.split(' ')).unwrap_or_else(|error| panic!("{line}: {error}"));
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_a_usage_error() {
+        for line in [
+            "adit forward pc",
+            "adit forward pc -L 80 --data D",
+            "adit forward pc -L 80:h:80 --via sideways",
+            "adit stdio pc",
+            "adit stdio pc nowhere",
+            "adit agent --allow 10.0.0.5/8:80",
+            "adit enroll",
+            "adit enroll TOKEN --token-file F",
+            "adit nothing",
+        ] {
+            let error = Cli::try_parse_from(line.split(' ')).expect_err(line);
+            assert!(error.use_stderr() && error.exit_code() == 2, "{line}: {error}");
+        }
+    }
+}

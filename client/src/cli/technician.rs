@@ -1,0 +1,127 @@
+//! What the technician's commands have in common.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use adit_protocol::{Role, Target};
+use clap::Args;
+use clap::builder::PossibleValuesParser;
+use tokio::time::{Instant, sleep_until, timeout};
+
+use super::data::Data;
+use super::{CliError, Failed};
+use crate::hub::OpenSession;
+use crate::identity::Identity;
+use crate::session::SessionEvent;
+use crate::status::{self, SessionInfo};
+use crate::technician::Technician;
+use crate::via::Via;
+
+/// How long a granted session may take until the agent has said that it is open.
+const OPENED: Duration = Duration::from_secs(20);
+/// How long the agent gets to hear that the session ends. More than a session takes for it by itself.
+const GOODBYE: Duration = Duration::from_secs(1);
+
+/// Which session with which agent.
+#[derive(Debug, Args)]
+pub(super) struct SessionArgs {
+    /// Name or device id of the agent; `adit ls` lists them.
+    #[arg(value_name = "AGENT")]
+    pub(super) agent: String,
+    #[command(flatten)]
+    data: Data,
+    /// Which way: auto starts on the relay and moves to the direct path; direct and relay use that or nothing.
+    #[arg(long, default_value = "auto", value_name = "TIER",
+          value_parser = PossibleValuesParser::new(["auto", "direct", "relay", "redirector"]))]
+    via: String,
+}
+
+/// A technician with one session.
+pub(super) struct Connected {
+    pub(super) session: OpenSession,
+    agent: String,
+    via: Via,
+    /// Keeps the control channel up: tickets are renewed through it.
+    _technician: Technician,
+    _status: Option<StatusServer>,
+    /// The session is open, in the agent's word.
+    opened: bool,
+    deadline: Instant,
+}
+
+#[cfg(unix)]
+type StatusServer = status::Server;
+#[cfg(not(unix))]
+type StatusServer = ();
+
+impl SessionArgs {
+    /// What can be wrong without asking anyone.
+    pub(super) fn check(&self) -> Result<(PathBuf, Arc<Identity>, Via), Failed> {
+        // One of the values that the parser lets through is not one of them.
+        let via = self.via.parse().map_err(|_| CliError::NoRedirector)?;
+        let (dir, identity) = self.data.identity(Role::Technician)?;
+        Ok((dir, identity, via))
+    }
+
+    /// Asks the mediator for a session, and starts it.
+    pub(super) async fn open(&self, command: &'static str, targets: &[Target]) -> Result<Connected, Failed> {
+        let (dir, identity, via) = self.check()?;
+        let device = identity.name.clone();
+        let technician = Technician::connect(identity).await?;
+        let session = technician.open(&self.agent, targets, via).await?;
+        let info = SessionInfo {
+            session: session.id,
+            peer: session.peer_name.clone(),
+            since: SystemTime::now(),
+            tunnel: session.tunnel.clone(),
+        };
+        let status = status::serve(&dir, status::Process { command, device }, move || vec![info.clone()]);
+        Ok(Connected {
+            session,
+            agent: self.agent.clone(),
+            via,
+            _technician: technician,
+            _status: status,
+            opened: false,
+            deadline: Instant::now() + OPENED,
+        })
+    }
+}
+
+impl Connected {
+    /// What happens to the session; `None` when nothing will any more.
+    ///
+    /// Cancel safe.
+    pub(super) async fn next(&mut self) -> Result<Option<SessionEvent>, Failed> {
+        tokio::select! {
+            event = self.session.events.recv() => {
+                self.opened |= matches!(event, Some(SessionEvent::Tier { .. }));
+                Ok(event)
+            }
+            () = sleep_until(self.deadline), if !self.opened => {
+                self.session.tunnel.close("no way to the agent was found");
+                let detail = match self.via {
+                    Via::Direct => ": no direct path was found, and --via direct allows nothing else",
+                    Via::Auto | Via::Relay => "",
+                };
+                Err(CliError::NotOpened { agent: self.agent.clone(), seconds: OPENED.as_secs(), detail }.into())
+            }
+        }
+    }
+
+    /// Ends the session and waits, for a moment, until the agent has heard it. The event that says so.
+    pub(super) async fn close(mut self, reason: &str) -> SessionEvent {
+        self.session.tunnel.close(reason);
+        let closed = async {
+            while let Some(event) = self.session.events.recv().await {
+                if matches!(event, SessionEvent::Closed { .. }) {
+                    return Some(event);
+                }
+            }
+            None
+        };
+        let heard = timeout(GOODBYE, closed).await.ok().flatten();
+        heard.unwrap_or_else(|| SessionEvent::Closed { reason: reason.to_owned() })
+    }
+}
