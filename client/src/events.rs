@@ -133,7 +133,7 @@ fn to_json(event: &Event<'_>) -> Option<Value> {
 fn to_text(event: &Event<'_>) -> Option<String> {
     Some(match event {
         Event::Listening { local, target } => format!("listening on {local} for {target}"),
-        Event::Allowing { entries } if entries.is_empty() => "allowing nothing".to_owned(),
+        Event::Allowing { entries: [] } => "allowing nothing".to_owned(),
         Event::Allowing { entries } => format!("allowing {}", entries.join(" ")),
         Event::Online => "online".to_owned(),
         Event::Offline { reason } => format!("offline, trying again: {}", printable(reason, MAX_REASON)),

@@ -151,3 +151,33 @@ impl Drop for Registration {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What quinn gets of datagrams with these first bytes, when nobody is confirmed.
+    fn kept(first: &[u8], last_length: usize) -> Vec<u8> {
+        const STRIDE: usize = 40;
+        let mut buffer: Vec<u8> = first.iter().flat_map(|first| [*first; STRIDE]).collect();
+        let len = buffer.len() - STRIDE + last_length;
+        let addr = "192.0.2.1:40000".parse().expect("an address");
+        let mut meta = RecvMeta { addr, len, stride: STRIDE, ecn: None, dst_ip: None };
+        Demux::default().sort(&mut buffer, &mut meta);
+        assert_eq!(meta.stride, STRIDE);
+        buffer[..meta.len].to_vec()
+    }
+
+    #[test]
+    fn what_is_not_quinns_is_taken_out_of_a_batch() {
+        let whole = |first: u8| [first; 40].to_vec();
+        assert_eq!(
+            kept(&[0x40, 0x00, 0x41, 0xc0, 0x80, 0x42], 7),
+            [whole(0x40), whole(0x41), vec![0x42; 7]].concat()
+        );
+        assert_eq!(kept(&[0x01, 0x40], 40), whole(0x40));
+        assert_eq!(kept(&[0x40, 0xff], 1), whole(0x40));
+        assert_eq!(kept(&[0x40, 0x40], 40), [0x40; 80]);
+        assert!(kept(&[0x00, 0x3f, 0x80, 0xbf, 0xc0], 40).is_empty());
+    }
+}

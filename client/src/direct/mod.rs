@@ -125,7 +125,8 @@ impl DirectEndpoint {
 }
 
 /// What a session's search for a path needs, most of it from its grant.
-#[derive(Debug, Clone)]
+// No `Debug`: it holds passwords.
+#[derive(Clone)]
 pub struct SessionConfig {
     /// Session id.
     pub session: SessionId,

