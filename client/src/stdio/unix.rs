@@ -161,9 +161,8 @@ mod tests {
     async fn a_pipe_does_not_block_while_it_is_ours_and_does_again_afterwards() {
         let (reader, mut writer) = io::pipe().expect("pipe");
         let before = flags(&reader);
-        let opened = open(reader.as_fd(), |fd| {
-            pipe::Receiver::from_owned_fd(fd).map(|pipe| Box::new(pipe) as Reader)
-        });
+        let opened =
+            open(reader.as_fd(), |fd| pipe::Receiver::from_owned_fd(fd).map(|pipe| Box::new(pipe) as Reader));
         let (mut ours, restore) = opened.expect("opens").expect("is a pipe");
         assert!(flags(&reader).contains(OFlags::NONBLOCK));
         writer.write_all(b"\0binary\xff\n").expect("writes");
@@ -191,9 +190,8 @@ mod tests {
     #[tokio::test]
     async fn a_file_goes_another_way() {
         let file = File::open("/dev/null").expect("is there");
-        let opened = open(file.as_fd(), |fd| {
-            pipe::Receiver::from_owned_fd(fd).map(|pipe| Box::new(pipe) as Reader)
-        });
+        let opened =
+            open(file.as_fd(), |fd| pipe::Receiver::from_owned_fd(fd).map(|pipe| Box::new(pipe) as Reader));
         assert!(opened.expect("asks").is_none());
     }
 }

@@ -109,6 +109,8 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Carrier<'_, C> {
         let mut state = self.tunnel.lock();
         let drained = state.session.is_closed() && self.writing.is_none() && !self.unflushed;
         let carrier = state.carriers.get_mut(&self.id)?;
+        // What comes from here on is news for `rest`.
+        carrier.again = false;
         carrier.given_up.clone().or_else(|| drained.then(|| "the session is over".to_owned()))
     }
 

@@ -114,7 +114,7 @@ struct CarrierState {
     remote: Option<SocketAddr>,
     /// The task that runs the carrier, while it rests.
     task: Option<Waker>,
-    /// There was something to do for it while it did not rest.
+    /// There is something to do for it since it last looked.
     again: bool,
     /// The engine or the owner gave it up.
     given_up: Option<String>,
@@ -366,7 +366,7 @@ impl Tunnel {
 
 impl CarrierState {
     fn wake(&mut self, wakers: &mut Vec<Waker>) {
-        self.again |= self.task.is_none();
+        self.again = true;
         wakers.extend(self.task.take());
     }
 }

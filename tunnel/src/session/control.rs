@@ -91,9 +91,9 @@ impl Pending {
         Some((flow, payload))
     }
 
-    /// Payload length of the next datagram.
-    pub(super) fn next_datagram(&self) -> Option<usize> {
-        self.datagrams.front().map(|(_, payload)| payload.len())
+    /// Flow and payload length of the next datagram.
+    pub(super) fn next_datagram(&self) -> Option<(StreamId, usize)> {
+        self.datagrams.front().map(|(flow, payload)| (*flow, payload.len()))
     }
 
     pub(super) fn carrier_lost(&mut self, lost: CarrierId) {

@@ -66,14 +66,25 @@ impl Session {
     /// The next transport datagram for a multiplexed carrier.
     pub fn poll_datagram(&mut self, id: CarrierId) -> Option<Bytes> {
         let limit = self.carriers.get(&id)?.datagram_limit;
-        let fits = self.pending.next_datagram().is_some_and(|length| length + DATAGRAM_HEAD <= limit);
-        if !fits || !self.may_carry_data(id) {
+        if !self.fits_datagram(limit)? || !self.may_carry_data(id) {
             return None;
         }
         let (flow, payload) = self.pending.pop_datagram()?;
         let mut out = BytesMut::with_capacity(payload.len() + DATAGRAM_HEAD);
         Frame::Datagram { flow: flow.0, payload }.encode(&mut out);
         Some(out.freeze())
+    }
+
+    /// Whether the next datagram can go as a transport datagram. Until the agent has answered, each goes
+    /// behind the request to open its flow, which it must not overtake.
+    fn fits_datagram(&self, limit: usize) -> Option<bool> {
+        let (flow, length) = self.pending.next_datagram()?;
+        Some(length + DATAGRAM_HEAD <= limit && !self.is_unanswered(flow))
+    }
+
+    fn is_unanswered(&self, flow: StreamId) -> bool {
+        let live = self.streams.get(&flow).and_then(Stream::live);
+        self.end == End::Technician && live.is_some_and(|live| !live.opened)
     }
 
     fn control_lane(&mut self, now: Instant, id: CarrierId) -> Option<Transmit> {
@@ -131,13 +142,13 @@ impl Session {
                 Frame::Message(message.clone()).encode(out);
                 self.pending.message_sent = Some((message, id));
                 wants_answer = true;
-            } else if self
-                .pending
-                .next_datagram()
-                .is_some_and(|length| length + DATAGRAM_HEAD > datagram_limit)
+            } else if self.fits_datagram(datagram_limit) == Some(false)
                 && self.carriers.get(&id)?.room() > 0
                 && let Some((flow, payload)) = self.pending.pop_datagram()
             {
+                if let Some(live) = self.streams.get(&flow).and_then(Stream::live).filter(|_| self.is_unanswered(flow)) {
+                    Frame::Open { stream: flow.0, target: live.target.clone() }.encode(out);
+                }
                 Frame::Datagram { flow: flow.0, payload }.encode(out);
                 wants_answer = true;
             } else {
