@@ -1,6 +1,6 @@
 //! `adit-mediator`: parses the command line, runs it, maps the outcome to an exit code.
 
-use std::io::stderr;
+use std::io::{IsTerminal, stderr};
 use std::process::ExitCode;
 
 use adit_client::exit::{Exit, report};
@@ -14,7 +14,8 @@ fn main() -> ExitCode {
         return adit_client::cli::main(std::iter::once("adit".into()).chain(arguments));
     }
     let filter = EnvFilter::try_from_env("ADIT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(stderr).init();
+    let colours = stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(stderr).with_ansi(colours).init();
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {

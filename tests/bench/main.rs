@@ -24,7 +24,7 @@ use clap::Parser;
 
 use programs::Program;
 use report::{Measured, Report};
-use routes::{Route, Routes};
+use routes::{Kind, Route, Routes};
 use traffic::{Direction, Service};
 
 /// Until congestion windows and buffers have found their size.
@@ -45,6 +45,9 @@ struct Arguments {
     /// Round trips for each way and round.
     #[arg(long, default_value_t = 2000, value_parser = clap::value_parser!(u32).range(100..=1_000_000))]
     trips: u32,
+    /// Only these ways; marks that need others are left out. Can be given several times.
+    #[arg(long)]
+    only: Vec<Kind>,
     /// Exit with 1 when a mark is missed.
     #[arg(long)]
     check: bool,
@@ -68,7 +71,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     }
     let dir = tempfile::Builder::new().prefix("adit-bench-").tempdir()?;
     let service = Service::start()?;
-    let routes = Routes::open(dir.path(), &binaries, service.address)?;
+    let routes = Routes::open(dir.path(), &binaries, service.address, &arguments.only)?;
     let mut report = Report::default();
     for round in 0..arguments.rounds {
         eprintln!("round {} of {}", round + 1, arguments.rounds);
@@ -78,8 +81,8 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             order.reverse();
         }
         for route in order {
-            let measured =
-                measure(arguments, &service, route).with_context(|| format!("on {}", route.kind.name()))?;
+            let measured = measure(arguments, &service, route)
+                .with_context(|| format!("on {}\n{}", route.kind.name(), route.complaints()))?;
             report.add(route.kind, measured);
         }
     }

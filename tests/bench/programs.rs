@@ -79,7 +79,8 @@ impl Program {
         Ok(ticks as f64 / TICKS_A_SECOND)
     }
 
-    fn complaint(&self) -> String {
+    /// The end of its log.
+    pub(crate) fn complaint(&self) -> String {
         let log = fs::read_to_string(&self.log).unwrap_or_default();
         let lines: Vec<&str> = log.lines().collect();
         format!("{}:\n{}", self.name, lines[lines.len().saturating_sub(20)..].join("\n"))

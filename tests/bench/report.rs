@@ -77,7 +77,7 @@ impl Report {
         PARTS.iter().try_for_each(|(name, ..)| write!(err, " {name:>14}"))?;
         write!(err, "\n{:10}", "")?;
         PARTS.iter().try_for_each(|(_, unit, _)| write!(err, " {unit:>14}"))?;
-        for kind in Kind::ALL {
+        for kind in Kind::ALL.into_iter().filter(|kind| self.rounds.contains_key(kind)) {
             write!(err, "\n{:10}", kind.name())?;
             for (_, unit, part) in PARTS {
                 let values: Vec<f64> = self.values(kind, part);
@@ -137,8 +137,10 @@ impl Report {
 
     fn compared(&self) -> Vec<Figure> {
         let mut figures = Vec::new();
-        let mut figure = |name: &str, unit, values, mark| {
-            figures.push(Figure { name: name.to_owned(), unit, values, mark });
+        let mut figure = |name: &str, unit, values: Vec<f64>, mark| {
+            if !values.is_empty() {
+                figures.push(Figure { name: name.to_owned(), unit, values, mark });
+            }
         };
         let tunnel = Mark::AtLeast(0.8);
         let added = Mark::AtMost(30.0);
@@ -159,8 +161,10 @@ impl Report {
         }
         figure("relay CPU per GB", "s/GB", self.values(Kind::Relay, |m| m.relay_cpu), Mark::AtMost(0.6));
         let (spliced, copied) = self.forwarded;
-        let share = spliced as f64 / (spliced + copied).max(1) as f64 * 100.0;
-        figure("relay's spliced bytes", "%", vec![share], Mark::Above(99.0));
+        // Without any byte there is no share, and no mark kept.
+        let share = spliced as f64 / (spliced + copied) as f64 * 100.0;
+        let relayed = self.rounds.get(&Kind::Relay).map(|_| share);
+        figure("relay's spliced bytes", "%", Vec::from_iter(relayed), Mark::Above(99.0));
         figures
     }
 

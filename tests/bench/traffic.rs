@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 
 /// Bytes of one write or read of the generator and the sink.
 const BLOCK: usize = 128 * 1024;
@@ -90,12 +90,15 @@ impl Service {
         thread::sleep(window);
         let (elapsed, bytes) = (start.elapsed(), self.shared.arrived.load(Relaxed) - before);
         at_edge()?;
-        let ended_early = worker.is_finished();
+        let broken = worker.is_finished();
         // Already gone if the path broke.
         let _ = connection.shutdown(Shutdown::Both);
         drop(connection);
-        let _ = worker.join();
-        ensure!(!ended_early && bytes > 0, "the stream broke off after {before} bytes");
+        let ended = worker.join().map_err(|_| anyhow!("the traffic's thread panicked"))?;
+        ensure!(
+            !broken && bytes > 0,
+            "{direction:?}: {bytes} bytes arrived; the stream ended with {ended:?}"
+        );
         self.wait_until_idle()?;
         Ok((bytes, elapsed.as_secs_f64()))
     }

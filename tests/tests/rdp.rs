@@ -59,15 +59,20 @@ impl RdpServer {
         let marker = Marker::random();
         desktop.draw(&marker, scratch.path()).await?;
         let port = format!("/port:{PORT}");
-        let server = desktop.spawn("freerdp-shadow-cli", &[&port, "-auth", "/sec:tls"], scratch.path())?;
-        let accepting = host.task(tokio::time::timeout(PATIENCE, async {
-            let mut pace = interval(Duration::from_millis(50));
-            while TcpStream::connect(("127.0.0.1", PORT)).await.is_err() {
-                pace.tick().await;
+        // Right after its start a display may refuse its first client: the server then ends at once.
+        for _ in 0..10 {
+            let server = desktop.spawn("freerdp-shadow-cli", &[&port, "-auth", "/sec:tls"], scratch.path())?;
+            let accepting = host.task(tokio::time::timeout(PATIENCE / 10, async {
+                let mut pace = interval(Duration::from_millis(50));
+                while TcpStream::connect(("127.0.0.1", PORT)).await.is_err() {
+                    pace.tick().await;
+                }
+            }))?;
+            if accepting.await?.is_ok() {
+                return Ok(Self { marker, desktop, scratch, _program: server });
             }
-        }))?;
-        accepting.await??;
-        Ok(Self { marker, desktop, scratch, _program: server })
+        }
+        bail!("freerdp-shadow-cli does not come up")
     }
 }
 

@@ -93,7 +93,9 @@ fn start_log(filter: Option<&str>, command: &Command) -> Result<(), CliError> {
     let filter = filter.filter(|filter| !filter.is_empty()).unwrap_or(default);
     let filter = EnvFilter::builder().parse(filter).map_err(|_| CliError::Log(filter.to_owned()))?;
     // A program that embeds this one may log already.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours);
+    let _ = log.try_init();
     Ok(())
 }
 
