@@ -8,7 +8,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Parser, ValueEnum};
 use quinn::congestion::BbrConfig;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
@@ -72,22 +72,26 @@ async fn main() -> Result<()> {
             config.transport_config(transport());
             let endpoint = Endpoint::server(config, pipe.listen)?;
             println!("listening");
-            let connection = endpoint.accept().await.context("closed")?.await?;
-            loop {
-                let (send, recv) = connection.accept_bi().await?;
-                tokio::spawn(async move { copy(join(recv, send), connect(target).await?).await });
+            while let Some(incoming) = endpoint.accept().await {
+                tokio::spawn(async move {
+                    let (send, recv) = incoming.await?.accept_bi().await?;
+                    copy(join(recv, send), connect(target).await?).await
+                });
             }
+            Ok(())
         }
         Mode::QuicClient => {
             let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(pipe.client()?)?));
             config.transport_config(transport());
             let endpoint = Endpoint::client((Ipv4Addr::LOCALHOST, 0).into())?;
-            let connection = endpoint.connect_with(config, target, NAME)?.await?;
             serve(pipe.listen, |tcp| {
-                let connection = connection.clone();
+                let connecting = endpoint.connect_with(config.clone(), target, NAME);
                 async move {
+                    let connection = connecting?.await?;
                     let (send, recv) = connection.open_bi().await?;
-                    copy(join(recv, send), tcp).await
+                    let copied = copy(join(recv, send), tcp).await;
+                    connection.close(VarInt::from_u32(0), b"");
+                    copied
                 }
             })
             .await

@@ -16,6 +16,8 @@ const BLOCK: usize = 128 * 1024;
 const MESSAGE: usize = 64;
 /// A path that is silent for so long is broken.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long what is under way may take to drain: windows are large, and a busy machine's QUIC is slow.
+const DRAIN: Duration = Duration::from_secs(60);
 
 /// Which way the bytes go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -130,7 +132,7 @@ impl Service {
     fn wait_until_idle(&self) -> Result<()> {
         let changed = &self.shared.changed;
         let (connections, _) = changed
-            .wait_timeout_while(self.shared.connections(), PATIENCE, |connections| *connections > 0)
+            .wait_timeout_while(self.shared.connections(), DRAIN, |connections| *connections > 0)
             .unwrap_or_else(PoisonError::into_inner);
         ensure!(*connections == 0, "a connection that was closed at one end stays open at the other");
         Ok(())

@@ -61,7 +61,8 @@ impl RdpServer {
         let port = format!("/port:{PORT}");
         // Right after its start a display may refuse its first client: the server then ends at once.
         for _ in 0..10 {
-            let server = desktop.spawn("freerdp-shadow-cli", &[&port, "-auth", "/sec:tls"], scratch.path())?;
+            let server =
+                desktop.spawn("freerdp-shadow-cli", &[&port, "-auth", "/sec:tls"], scratch.path())?;
             let accepting = host.task(tokio::time::timeout(PATIENCE / 10, async {
                 let mut pace = interval(Duration::from_millis(50));
                 while TcpStream::connect(("127.0.0.1", PORT)).await.is_err() {

@@ -89,12 +89,14 @@ fn run(cli: Cli) -> Result<(), Failed> {
 }
 
 fn start_log(filter: Option<&str>, command: &Command) -> Result<(), CliError> {
-    let default = if matches!(command, Command::Agent(_)) { "info" } else { "warn" };
+    // What ends a command is said once, as its error.
+    let default = if matches!(command, Command::Agent(_)) { "info" } else { "error" };
     let filter = filter.filter(|filter| !filter.is_empty()).unwrap_or(default);
     let filter = EnvFilter::builder().parse(filter).map_err(|_| CliError::Log(filter.to_owned()))?;
     // A program that embeds this one may log already.
     let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours);
+    let log =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours);
     let _ = log.try_init();
     Ok(())
 }

@@ -210,11 +210,7 @@ impl Drop for TunnelStream {
 }
 
 impl AsyncRead for TunnelStream {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let bytes = ready!(self.poll_read_chunk(cx, buf.remaining()))?;
         buf.put_slice(&bytes);
         Poll::Ready(Ok(()))

@@ -146,7 +146,9 @@ impl Session {
                 && self.carriers.get(&id)?.room() > 0
                 && let Some((flow, payload)) = self.pending.pop_datagram()
             {
-                if let Some(live) = self.streams.get(&flow).and_then(Stream::live).filter(|_| self.is_unanswered(flow)) {
+                if let Some(live) =
+                    self.streams.get(&flow).and_then(Stream::live).filter(|_| self.is_unanswered(flow))
+                {
                     Frame::Open { stream: flow.0, target: live.target.clone() }.encode(out);
                 }
                 Frame::Datagram { flow: flow.0, payload }.encode(out);
