@@ -97,7 +97,10 @@ fn measure(arguments: &Arguments, service: &Service, route: &Route) -> Result<Me
     let mut measured = Measured::default();
     let (mut bytes, mut costs) = (0, Vec::new());
     for direction in [Direction::Down, Direction::Up] {
-        let at_edge = || Ok(costs.push(cpu(route)?));
+        let at_edge = || {
+            costs.push(cpu(route)?);
+            Ok(())
+        };
         let (moved, seconds) = service.stream(route.entry, direction, times, at_edge)?;
         let rate = moved as f64 * 8.0 / 1e6 / seconds;
         match direction {

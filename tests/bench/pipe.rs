@@ -2,18 +2,19 @@
 //! adit's TLS provider, buffers, windows and congestion control. `hop` is the bare relay: accept, splice.
 
 mod hop;
-
 use std::future::Future;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use adit_client::tls::provider;
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
 use quinn::congestion::BbrConfig;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{Endpoint, TransportConfig, VarInt};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::version::TLS13;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional_with_sizes, join};
 use tokio::net::{TcpListener, TcpStream};
@@ -31,8 +32,7 @@ struct Pipe {
     mode: Mode,
     listen: SocketAddr,
     target: SocketAddr,
-    /// The certificate (DER): the server writes it, the client trusts it.
-    #[arg(long, default_value = "pipe.der")]
+    #[arg(long, default_value = "pipe.der", help = "DER: the server writes it, the client trusts it")]
     certificate: PathBuf,
 }
 
@@ -69,8 +69,7 @@ async fn main() -> Result<()> {
         Mode::QuicServer => {
             let tls = Arc::new(QuicServerConfig::try_from(pipe.server()?)?);
             let mut config = quinn::ServerConfig::with_crypto(tls);
-            config.transport_config(transport());
-            let endpoint = Endpoint::server(config, pipe.listen)?;
+            let endpoint = Endpoint::server(config.transport_config(transport()).clone(), pipe.listen)?;
             println!("listening");
             while let Some(incoming) = endpoint.accept().await {
                 tokio::spawn(async move {
@@ -107,16 +106,14 @@ impl Pipe {
         let made = rcgen::generate_simple_self_signed([NAME.to_owned()])?;
         std::fs::write(&self.certificate, made.cert.der())?;
         let key = PrivateKeyDer::Pkcs8(made.signing_key.serialize_der().into());
-        let config = ServerConfig::builder_with_provider(adit_client::tls::provider())
-            .with_protocol_versions(&[&rustls::version::TLS13])?;
+        let config = ServerConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13])?;
         Ok(config.with_no_client_auth().with_single_cert(vec![made.cert.der().clone()], key)?)
     }
 
     fn client(&self) -> Result<ClientConfig> {
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from(std::fs::read(&self.certificate)?))?;
-        let config = ClientConfig::builder_with_provider(adit_client::tls::provider())
-            .with_protocol_versions(&[&rustls::version::TLS13])?;
+        let config = ClientConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13])?;
         Ok(config.with_root_certificates(roots).with_no_client_auth())
     }
 }
@@ -137,8 +134,7 @@ where
     loop {
         let (tcp, _) = listener.accept().await?;
         tcp.set_nodelay(true)?;
-        // How a connection ends is its own business: the benchmark ends them in the middle.
-        tokio::spawn(work(tcp));
+        tokio::spawn(work(tcp)); // How it ends is its own business: the benchmark ends it in the middle.
     }
 }
 

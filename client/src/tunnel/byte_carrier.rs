@@ -149,21 +149,30 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Carrier<'_, C> {
         Ok(true)
     }
 
-    /// Reads once. `Ready(false)`: the connection has ended.
+    /// Reads what is there, up to a buffer full. `Ready(false)`: the connection has ended.
     fn read(&mut self, cx: &mut Context<'_>) -> io::Result<Poll<bool>> {
         if self.buffer.capacity() - self.buffer.len() < READ_LEAST {
             self.buffer = BytesMut::with_capacity(READ_BUFFER);
         }
-        match poll_read_buf(Pin::new(&mut self.connection), cx, &mut self.buffer) {
-            Poll::Ready(Ok(0)) => Ok(Poll::Ready(false)),
-            Poll::Ready(Ok(_)) => {
-                let bytes = self.buffer.split().freeze();
-                let taken =
-                    self.tunnel.with(|state, now| state.session.receive(now, self.id, Lane::Control, bytes));
-                taken.map(|()| Poll::Ready(true)).map_err(io::Error::other)
+        // TLS hands out a record at a time: a few of them make one visit to the engine.
+        let end = loop {
+            if !self.buffer.is_empty() && self.buffer.capacity() - self.buffer.len() < READ_LEAST {
+                break None;
             }
-            Poll::Ready(Err(error)) => Err(error),
-            Poll::Pending => Ok(Poll::Pending),
+            match poll_read_buf(Pin::new(&mut self.connection), cx, &mut self.buffer) {
+                Poll::Ready(Ok(0)) => break Some(Ok(false)),
+                Poll::Ready(Ok(_)) => {}
+                Poll::Ready(Err(error)) => break Some(Err(error)),
+                Poll::Pending if self.buffer.is_empty() => return Ok(Poll::Pending),
+                Poll::Pending => break None,
+            }
+        };
+        if !self.buffer.is_empty() {
+            let bytes = self.buffer.split().freeze();
+            let taken =
+                self.tunnel.with(|state, now| state.session.receive(now, self.id, Lane::Control, bytes));
+            taken.map_err(io::Error::other)?;
         }
+        end.unwrap_or(Ok(true)).map(Poll::Ready)
     }
 }

@@ -28,7 +28,7 @@ const OVERSLEPT: Duration = Duration::from_secs(1);
 const ACK_SPACING: Duration = Duration::from_millis(1);
 const ACK_BYTES: u64 = 32 * 1024;
 /// What may be on the way before anything is known of the line, and at least.
-const MIN_FLIGHT: u64 = 64 * 1024;
+const MIN_FLIGHT: u64 = 128 * 1024;
 /// A delivery rate is taken over at least this long, so that one burst is not taken for a rate.
 const RATE_SAMPLE: Duration = Duration::from_millis(10);
 /// How many samples the largest rate is taken over.
@@ -125,7 +125,8 @@ impl Carrier {
             return u64::MAX;
         }
         let round_trip = self.rtt.map_or(Duration::ZERO, |rtt| rtt.min);
-        let time = 2 * round_trip + ACK_DELAY;
+        // Twice the time until an acknowledgement is back, so that what is measured can grow.
+        let time = 2 * (round_trip + ACK_DELAY);
         let flight = (self.rate.max() as u128 * time.as_micros() / 1_000_000) as u64;
         flight.max(MIN_FLIGHT).saturating_sub(self.sent.saturating_sub(self.acked))
     }
@@ -154,11 +155,13 @@ impl Carrier {
     pub(super) fn on_eliciting(&mut self, now: Instant, bytes: usize) {
         self.busy(now);
         self.unacked += bytes as u64;
-        let spaced = self.last_ack.is_none_or(|at| now >= at + ACK_SPACING);
-        if self.unacked >= ACK_BYTES && spaced {
+        let spaced_at = self.last_ack.map_or(now, |at| at + ACK_SPACING);
+        if self.unacked < ACK_BYTES {
+            self.ack_at.get_or_insert(now + ACK_DELAY);
+        } else if spaced_at <= now {
             self.ack_due = true;
         } else {
-            self.ack_at.get_or_insert(now + ACK_DELAY);
+            self.ack_at = Some(self.ack_at.map_or(spaced_at, |at| at.min(spaced_at)));
         }
     }
 
@@ -179,8 +182,8 @@ impl Carrier {
         if received > self.sent {
             return Err(());
         }
-        self.acked = self.acked.max(received);
         let full = self.room() < MIN_FLIGHT / 2;
+        self.acked = self.acked.max(received);
         self.rate.on_ack(now, self.acked, full);
         self.rest(now);
         Ok(())
