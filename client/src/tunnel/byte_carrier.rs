@@ -99,8 +99,10 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Carrier<'_, C> {
     /// Leaves the waker with the engine; `false` when there was something new meanwhile.
     fn rest(&self, cx: &Context<'_>) -> bool {
         let mut state = self.tunnel.lock();
+        // Everything was said: the session's end, too.
+        let over = state.session.is_closed() && self.writing.is_none() && !self.unflushed;
         let Some(carrier) = state.carriers.get_mut(&self.id) else { return true };
-        let rest = !std::mem::take(&mut carrier.again);
+        let rest = !std::mem::take(&mut carrier.again) && !over;
         carrier.task = rest.then(|| cx.waker().clone());
         rest
     }
@@ -114,9 +116,8 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Carrier<'_, C> {
         carrier.given_up.clone().or_else(|| drained.then(|| "the session is over".to_owned()))
     }
 
-    /// Writes what there is. Returns whether the engine may have more.
+    /// Writes what there is and fits. Returns whether there may be more.
     fn write(&mut self, cx: &mut Context<'_>) -> io::Result<bool> {
-        let mut progress = false;
         for _ in 0..TURNS {
             if self.writing.is_none() {
                 self.writing =
@@ -125,20 +126,18 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Carrier<'_, C> {
             let Some(transmit) = &mut self.writing else {
                 if self.unflushed && Pin::new(&mut self.connection).poll_flush(cx)?.is_ready() {
                     self.unflushed = false;
-                    // Anything that waited for the flush (the end of a session) is due now.
-                    progress = true;
                 }
-                return Ok(progress);
+                return Ok(false);
             };
             let slices = [IoSlice::new(&transmit.head), IoSlice::new(&transmit.payload)];
             let Poll::Ready(written) = Pin::new(&mut self.connection).poll_write_vectored(cx, &slices)?
             else {
-                return Ok(progress);
+                return Ok(false);
             };
             if written == 0 {
                 return Err(io::ErrorKind::WriteZero.into());
             }
-            (progress, self.unflushed) = (true, true);
+            self.unflushed = true;
             let head = written.min(transmit.head.len());
             transmit.head.advance(head);
             transmit.payload.advance(written - head);
