@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
+use adit_protocol::Target;
 use adit_protocol::control::{Answer, Grant, Up};
+use adit_protocol::frame::ResetCode;
 use adit_tunnel::session::End;
 use tokio::sync::mpsc;
 use tracing::info;
@@ -65,6 +67,12 @@ pub async fn run(
             offer = offers.recv() => {
                 let Some(offer) = offer else { break };
                 sessions.retain(|(_, task)| !task.is_finished());
+                // A session whose technician is gone makes room, the oldest first.
+                if sessions.len() >= MAX_SESSIONS
+                    && let Some(at) = sessions.iter().position(|(tunnel, _)| tunnel.carriers().is_empty())
+                {
+                    sessions.remove(at).0.close("made room for a new session");
+                }
                 sessions.extend(take_offer(&hub, offer, sessions.len(), &allow, &events).await);
             }
             changed = state.changed() => {
@@ -97,6 +105,7 @@ async fn take_offer(
     events: &mpsc::Sender<AgentEvent>,
 ) -> Option<(Tunnel, tokio::task::JoinHandle<()>)> {
     let id = offer.session.clone();
+    let granted: Vec<Target> = offer.targets.iter().filter_map(|target| target.parse().ok()).collect();
     let via: Via = offer.via.parse().unwrap_or_default();
     let opened = if running < MAX_SESSIONS { hub.open_session(End::Agent, offer, via) } else { None };
     let answer = Answer {
@@ -109,13 +118,25 @@ async fn take_offer(
     info!(session = %session.id, technician = session.peer_name, "session opened");
     let (tunnel, peer) = (session.tunnel.clone(), session.peer_name.clone());
     let _ = events.send(AgentEvent::Opened { session: session.id, peer, tunnel: tunnel.clone() }).await;
-    Some((tunnel, tokio::spawn(serve(session, allow.clone(), events.clone()))))
+    Some((tunnel, tokio::spawn(serve(session, granted, allow.clone(), events.clone()))))
 }
 
-/// Connects what the technician asks for, until the session is over.
-async fn serve(mut session: OpenSession, allow: Arc<AllowList>, events: mpsc::Sender<AgentEvent>) {
+/// Connects what the technician asks for, until the session is over. What the mediator did not grant,
+/// and so did not audit, is refused.
+async fn serve(
+    mut session: OpenSession,
+    granted: Vec<Target>,
+    allow: Arc<AllowList>,
+    events: mpsc::Sender<AgentEvent>,
+) {
     while let Some(event) = session.events.recv().await {
         match event {
+            SessionEvent::Incoming(stream, to) if !granted.contains(&to) => {
+                stream.reset(ResetCode::NotAllowed);
+            }
+            SessionEvent::IncomingFlow(flow, to) if !granted.contains(&to) => {
+                flow.reset(ResetCode::NotAllowed);
+            }
             SessionEvent::Incoming(stream, to) => {
                 tokio::spawn(target::serve_stream(stream, to, allow.clone()));
             }

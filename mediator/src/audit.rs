@@ -96,7 +96,12 @@ impl Audit {
     /// # Errors
     /// [`Error::Audit`].
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let file = OpenOptions::new().create(true).append(true).open(path);
+        let mut options = OpenOptions::new();
+        options.create(true).append(true);
+        // Who reached what is nobody else's business.
+        #[cfg(unix)]
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+        let file = options.open(path);
         let file = file.map_err(|error| Error::Audit { path: path.to_owned(), error })?;
         let (queue, jobs) = mpsc::channel(QUEUE);
         tokio::task::spawn_blocking(move || write_all(file, jobs));

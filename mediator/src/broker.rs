@@ -109,8 +109,8 @@ impl Broker {
         // Only the mediator itself says what it saw.
         candidates.seen.clear();
         let other = self.sessions().of(id, device).map(|session| session.other(device.role).clone());
-        if let Some(other) = other {
-            tell(&other, Down::Candidates(candidates));
+        if let Some(channel) = other.and_then(|other| other.channel) {
+            channel.pass_on(Down::Candidates(candidates));
         }
     }
 
@@ -152,8 +152,13 @@ impl Broker {
             agent.send(Down::Closed(message));
         }
         for session in &greeted.restored {
+            // No record, no tickets: the tunnel itself lives on what it has.
+            if self.audit.write(&record("restored", session)).await.is_err() {
+                warn!(session = %session.id, "not restored: the audit record cannot be written");
+                self.sessions().remove(session.id, &session.agent.device);
+                continue;
+            }
             info!(session = %session.id, "session restored");
-            self.write_down(session, "restored", "", None).await;
             self.push_tickets(session.id);
         }
     }
@@ -184,7 +189,7 @@ impl Broker {
         let channel = self.sessions().seen(id, role, from);
         if let Some(channel) = channel {
             let candidates = vec![];
-            channel.send(Down::Candidates(Candidates {
+            channel.pass_on(Down::Candidates(Candidates {
                 session: id.0.to_vec(),
                 candidates,
                 seen: from.to_string(),

@@ -41,6 +41,12 @@ impl Channel {
         sent
     }
 
+    /// Queues news that one device has for another, or drops it: the receiver must not lose its channel
+    /// because the sender floods it, and what matters is said again.
+    pub fn pass_on(&self, message: Down) {
+        let _ = self.outgoing.try_send(ToDevice { message: Some(message) });
+    }
+
     /// Asks the task that serves this channel to end.
     pub fn close(&self) {
         self.closing.notify_one();

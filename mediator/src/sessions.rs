@@ -176,6 +176,8 @@ impl Sessions {
                 .live
                 .values()
                 .filter(|session| session.agent.device.id == device.id)
+                // One that was offered on this very channel meanwhile is not lost.
+                .filter(|session| session.agent.channel.as_ref().is_none_or(|own| own.id != channel.id))
                 .map(|session| session.id)
                 .filter(|id| !named.iter().any(|(known, _)| known == id))
                 .collect();

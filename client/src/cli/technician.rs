@@ -101,6 +101,7 @@ impl Connected {
             }
             () = sleep_until(self.deadline), if !self.opened => {
                 self.session.tunnel.close("no way to the agent was found");
+                self.parted().await;
                 let detail = match self.via {
                     Via::Direct => ": no direct path was found, and --via direct allows nothing else",
                     Via::Auto | Via::Relay => "",
@@ -113,6 +114,11 @@ impl Connected {
     /// Ends the session and waits, for a moment, until the agent has heard it. The event that says so.
     pub(super) async fn close(mut self, reason: &str) -> SessionEvent {
         self.session.tunnel.close(reason);
+        self.parted().await.unwrap_or_else(|| SessionEvent::Closed { reason: reason.to_owned() })
+    }
+
+    /// Waits, for a moment, until the agent and the mediator have heard that the session is over.
+    async fn parted(&mut self) -> Option<SessionEvent> {
         let closed = async {
             while let Some(event) = self.session.events.recv().await {
                 if matches!(event, SessionEvent::Closed { .. }) {
@@ -121,7 +127,6 @@ impl Connected {
             }
             None
         };
-        let heard = timeout(GOODBYE, closed).await.ok().flatten();
-        heard.unwrap_or_else(|| SessionEvent::Closed { reason: reason.to_owned() })
+        timeout(GOODBYE, closed).await.ok().flatten()
     }
 }

@@ -27,6 +27,9 @@ use relays::Relays;
 /// An agent keeps a session without any carrier for this long: longer than a laptop sleeps at lunch,
 /// shorter than for ever.
 const ABANDONED: Duration = Duration::from_secs(2 * 60 * 60);
+/// Tickets that were asked for and did not come are asked for again after this time: longer than the
+/// mediator takes two ends' wishes for one.
+const ASK_AGAIN: Duration = Duration::from_secs(3);
 /// How long the carriers get to say goodbye.
 const GOODBYE: Duration = Duration::from_millis(500);
 
@@ -147,9 +150,12 @@ impl Runner {
 
     async fn run(mut self, mut notices: mpsc::Receiver<Notice>) {
         let mut control_state = self.control.state();
+        let mut asked_at: Option<Instant> = None;
         while self.closing.is_none() {
             let deadline = self.deadline();
-            let wants_tickets = self.relays.as_ref().is_some_and(Relays::wants_tickets);
+            let lacks_tickets = self.relays.as_ref().is_some_and(Relays::lacks_tickets);
+            // What was asked on a channel that died, or swallowed as the echo of the other end's wish.
+            let ask_again = asked_at.filter(|_| lacks_tickets).map(|at| at + ASK_AGAIN);
             tokio::select! {
                 notice = notices.recv() => match notice {
                     Some(notice) => self.on_notice(notice).await,
@@ -162,20 +168,22 @@ impl Runner {
                 event = direct_event(&mut self.direct) => self.on_direct(event),
                 () = relays_progress(&mut self.relays) => {}
                 Some(_) = self.quic.join_next() => {}
-                changed = control_state.changed(), if wants_tickets => {
-                    if changed.is_err() {
-                        // Without the control channel the session lives on what it has.
-                        control_state = self.control.state();
-                        tokio::time::sleep(Duration::from_secs(1)).await;
-                    }
-                }
+                Ok(()) = control_state.changed(), if lacks_tickets => asked_at = None,
+                () = sleep_until(ask_again) => asked_at = None,
                 () = sleep_until(deadline) => self.on_deadline(),
                 () = self.events.closed() => self.tunnel.close("closed by its user"),
             }
             let connected = matches!(*control_state.borrow_and_update(), State::Connected(_));
-            if connected && self.relays.as_mut().is_some_and(Relays::take_renewal) {
-                let renew = Up::Renew(Renew { session: self.id.as_bytes().to_vec() });
-                let _ = self.control.send(renew).await;
+            let lacks_tickets = self.relays.as_ref().is_some_and(Relays::lacks_tickets);
+            if !lacks_tickets {
+                asked_at = None;
+            } else if connected && asked_at.is_none() {
+                asked_at = Some(Instant::now());
+                let _ = self.control.send(Up::Renew(Renew { session: self.id.as_bytes().to_vec() })).await;
+            }
+            if self.tunnel.is_closed() && notices.is_empty() {
+                // The notice of it found no room.
+                self.closing.get_or_insert_with(|| "the session is over".to_owned());
             }
             let alone = self.tunnel.carriers().is_empty();
             self.alone_since = if alone { self.alone_since.or(Some(Instant::now())) } else { None };
@@ -333,7 +341,7 @@ impl Runner {
 /// session on the right day, and never before its time.
 fn expiry(now: Instant, expires: u64) -> Option<Instant> {
     let wall = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).ok()?.as_secs();
-    (expires > 0).then(|| now + Duration::from_secs(expires.saturating_sub(wall)))
+    if expires == 0 { None } else { now.checked_add(Duration::from_secs(expires.saturating_sub(wall))) }
 }
 
 async fn recv(downs: &mut Option<mpsc::Receiver<Down>>) -> Option<Down> {

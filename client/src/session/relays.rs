@@ -15,7 +15,7 @@ use tracing::debug;
 use crate::identity::Identity;
 use crate::leg::{self, Leg, RelayRefused};
 use crate::tls;
-use crate::tunnel::{Tunnel, byte_carrier};
+use crate::tunnel::{CarrierInfo, Tunnel, byte_carrier};
 
 /// The first relay has this long before the others are dialled, too.
 const HEAD_START: Duration = Duration::from_secs(2);
@@ -23,6 +23,8 @@ const HEAD_START: Duration = Duration::from_secs(2);
 const DIAL_TIMEOUT: Duration = Duration::from_secs(20);
 /// More relays than a mediator grants.
 const MAX_RELAYS: usize = 8;
+/// The longest pause while the session has no carrier at all. Milliseconds.
+const URGENT: u64 = 3_000;
 /// Pauses between attempts while nothing comes of them; then the last one again and again.
 const PAUSES: [u64; 7] = [200, 500, 1_000, 2_000, 5_000, 10_000, 30_000];
 
@@ -30,15 +32,12 @@ pub(super) struct Relays {
     dialler: Arc<Dialler>,
     relays: Vec<Relay>,
     tasks: JoinSet<(usize, Outcome)>,
-    /// Legs that are being dialled or run.
-    running: usize,
     /// Attempts since a leg was last paired.
     attempts: usize,
     /// When to dial: whom, is decided then.
     dial_at: Option<Instant>,
     /// Not only the first one.
     all: bool,
-    renewal: bool,
 }
 
 struct Relay {
@@ -48,10 +47,10 @@ struct Relay {
 }
 
 enum Outcome {
-    /// Both legs are there: the ticket is spent, the carrier runs in the task returned.
-    Paired(TlsStream<Leg>),
-    /// The ticket is of no use any more.
-    Spent(String),
+    /// Both legs are there: the ticket that was shown is spent.
+    Paired(TlsStream<Leg>, String),
+    /// The ticket that was shown is of no use any more.
+    Spent(String, String),
     Failed(String),
     /// The carrier has ended.
     Ended,
@@ -86,11 +85,9 @@ impl Relays {
             dialler: Arc::new(Dialler { identity, tunnel, config }),
             relays,
             tasks: JoinSet::new(),
-            running: 0,
             attempts: 0,
             dial_at: Some(Instant::now()),
             all: false,
-            renewal: false,
         }
     }
 
@@ -132,19 +129,14 @@ impl Relays {
                 self.relays.push(Relay::new(ticket));
             }
         }
-        if self.running == 0 {
-            self.dial_at.get_or_insert_with(Instant::now);
+        if self.running_carriers() == 0 && !self.is_dialling() {
+            (self.attempts, self.all, self.dial_at) = (0, true, Some(Instant::now()));
         }
     }
 
     /// Some ticket is spent and was not replaced yet.
-    pub(super) fn wants_tickets(&self) -> bool {
-        self.renewal
-    }
-
-    /// Whether to ask the mediator for tickets now.
-    pub(super) fn take_renewal(&mut self) -> bool {
-        std::mem::take(&mut self.renewal)
+    pub(super) fn lacks_tickets(&self) -> bool {
+        self.relays.iter().any(|relay| relay.ticket.is_none() && !relay.dialling)
     }
 
     /// Waits until all carriers have ended.
@@ -153,11 +145,19 @@ impl Relays {
     }
 
     fn running_carriers(&self) -> usize {
-        self.dialler.tunnel.carriers().iter().filter(|c| c.kind == CarrierKind::Relay).count()
+        let live = |carrier: &CarrierInfo| carrier.kind == CarrierKind::Relay && !carrier.silent;
+        self.dialler.tunnel.carriers().iter().filter(|carrier| live(carrier)).count()
+    }
+
+    fn is_dialling(&self) -> bool {
+        self.relays.iter().any(|relay| relay.dialling)
     }
 
     fn dial(&mut self) {
         self.dial_at = None;
+        if self.running_carriers() > 0 {
+            return;
+        }
         let count = if self.all { self.relays.len() } else { 1 };
         for index in 0..count.min(self.relays.len()) {
             let relay = &mut self.relays[index];
@@ -167,11 +167,11 @@ impl Relays {
             match relay.ticket.clone() {
                 Some(ticket) => {
                     relay.dialling = true;
-                    self.running += 1;
                     let dialler = self.dialler.clone();
                     self.tasks.spawn(async move { (index, dialler.dial(ticket).await) });
                 }
-                None => self.renewal = true,
+                // The mediator is asked for another one; see `lacks_tickets`.
+                None => {}
             }
         }
         if !self.all && self.relays.len() > 1 && self.running_carriers() == 0 {
@@ -182,10 +182,11 @@ impl Relays {
 
     fn on_outcome(&mut self, index: usize, outcome: Outcome) {
         let Some(relay) = self.relays.get_mut(index) else { return };
+        let paired = matches!(outcome, Outcome::Paired(..));
         match outcome {
-            Outcome::Paired(connection) => {
-                (relay.dialling, relay.ticket) = (false, None);
-                (self.attempts, self.renewal, self.all) = (0, true, false);
+            Outcome::Paired(connection, used) => {
+                relay.spend(&used);
+                (self.attempts, self.all) = (0, false);
                 self.dial_at = None;
                 let tunnel = self.dialler.tunnel.clone();
                 self.tasks.spawn(async move {
@@ -195,21 +196,22 @@ impl Relays {
                     (index, Outcome::Ended)
                 });
             }
-            Outcome::Ended => self.running -= 1,
-            Outcome::Spent(reason) => {
+            Outcome::Ended => {}
+            Outcome::Spent(reason, used) => {
                 debug!(reason, "a ticket is of no use");
-                (relay.dialling, relay.ticket) = (false, None);
-                (self.running, self.renewal) = (self.running - 1, true);
+                relay.spend(&used);
             }
             Outcome::Failed(reason) => {
                 debug!(reason, "no relay leg");
                 relay.dialling = false;
-                self.running -= 1;
             }
         }
-        if self.running_carriers() == 0 && self.running == 0 && !self.dialler.tunnel.is_closed() {
+        if self.running_carriers() == 0 && !self.is_dialling() && !paired && !self.dialler.tunnel.is_closed()
+        {
             self.all = true;
-            let pause = PAUSES[self.attempts.min(PAUSES.len() - 1)];
+            // Somebody waits for it, or nobody does.
+            let most = if self.dialler.tunnel.carriers().is_empty() { URGENT } else { u64::MAX };
+            let pause = PAUSES[self.attempts.min(PAUSES.len() - 1)].min(most);
             self.attempts += 1;
             // Half of it is jitter, so that a relay's return is not a stampede.
             let jittered = pause / 2 + rand::random_range(0..=pause / 2);
@@ -222,12 +224,18 @@ impl Relay {
     fn new(ticket: RelayTicket) -> Self {
         Self { id: ticket.relay.clone(), ticket: Some(ticket), dialling: false }
     }
+
+    /// The ticket that was `used` is gone; a fresher one that came meanwhile stays.
+    fn spend(&mut self, used: &str) {
+        self.dialling = false;
+        self.ticket.take_if(|held| held.ticket == used);
+    }
 }
 
 impl Dialler {
     async fn dial(&self, ticket: RelayTicket) -> Outcome {
         match timeout(DIAL_TIMEOUT, self.connect(&ticket)).await {
-            Ok(Ok(connection)) => Outcome::Paired(connection),
+            Ok(Ok(connection)) => Outcome::Paired(connection, ticket.ticket),
             Ok(Err(outcome)) => outcome,
             Err(_) => Outcome::Failed("timed out".to_owned()),
         }
@@ -248,7 +256,7 @@ impl Dialler {
                 adit_protocol::leg::Status::NoPeer | adit_protocol::leg::Status::Busy,
             ))
             | None => Outcome::Failed(error.to_string()),
-            Some(refused) => Outcome::Spent(refused.to_string()),
+            Some(refused) => Outcome::Spent(refused.to_string(), ticket.ticket.clone()),
         })
     }
 }

@@ -36,8 +36,8 @@ async fn pass(reader: Reader, writer: Writer, tunnel: &Tunnel, target: &Target) 
     let mut stream = tunnel.open(target).await.map_err(failed)?;
     match copy_halves(reader, writer, &mut stream).await {
         Ok(()) => {
-            let _ = timeout(LINGER, stream.ended()).await;
-            Ok(())
+            let confirmed = timeout(LINGER, stream.finished()).await;
+            confirmed.unwrap_or(Err(StreamError::Unconfirmed)).map_err(failed)
         }
         Err(CopyError::Local(error)) => {
             stream.reset(ResetCode::Aborted);

@@ -7,10 +7,12 @@ use std::io::{self, IoSlice};
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use adit_tunnel::session::{CarrierId, CarrierKind, Lane, Transmit};
 use bytes::{Buf, BytesMut};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::time::timeout;
 use tokio_util::io::poll_read_buf;
 
 use super::Tunnel;
@@ -19,6 +21,8 @@ use super::Tunnel;
 const READ_BUFFER: usize = 64 * 1024;
 /// Below this room a new buffer is taken: no TLS record is cut in two.
 const READ_LEAST: usize = 16 * 1024;
+/// How long the end of a session may take to arrive.
+const PARTING: Duration = Duration::from_millis(300);
 /// Reads and writes in one go before other tasks get their turn.
 const TURNS: usize = 32;
 
@@ -46,12 +50,24 @@ where
         buffer: BytesMut::with_capacity(READ_BUFFER),
     };
     let reason = match poll_fn(|cx| carrier.poll(cx)).await {
-        Ok(reason) => reason,
+        Ok(reason) => {
+            if tunnel.is_closed() {
+                let _ = timeout(PARTING, part(&mut carrier.connection)).await;
+            }
+            reason
+        }
         Err(error) => error.to_string(),
     };
     std::mem::forget(guard);
     tunnel.detach(id, &reason);
     reason
+}
+
+/// Ends the connection such that what was said last arrives: closing it with something unread would
+/// reset it.
+async fn part(connection: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> io::Result<()> {
+    connection.shutdown().await?;
+    tokio::io::copy(connection, &mut tokio::io::sink()).await.map(drop)
 }
 
 /// A task that is aborted detaches its carrier, too.
@@ -100,7 +116,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Carrier<'_, C> {
     fn rest(&self, cx: &Context<'_>) -> bool {
         let mut state = self.tunnel.lock();
         // Everything was said: the session's end, too.
-        let over = state.session.is_closed() && self.writing.is_none() && !self.unflushed;
+        let over = state.session.has_parted(self.id) && self.writing.is_none() && !self.unflushed;
         let Some(carrier) = state.carriers.get_mut(&self.id) else { return true };
         let rest = !std::mem::take(&mut carrier.again) && !over;
         carrier.task = rest.then(|| cx.waker().clone());
@@ -109,7 +125,7 @@ impl<C: AsyncRead + AsyncWrite + Unpin> Carrier<'_, C> {
 
     fn given_up(&self) -> Option<String> {
         let mut state = self.tunnel.lock();
-        let drained = state.session.is_closed() && self.writing.is_none() && !self.unflushed;
+        let drained = state.session.has_parted(self.id) && self.writing.is_none() && !self.unflushed;
         let carrier = state.carriers.get_mut(&self.id)?;
         // What comes from here on is news for `rest`.
         carrier.again = false;

@@ -54,7 +54,7 @@ impl Flow {
                 return Poll::Ready(Err(StreamError::Closed));
             };
             if let Some(payload) = flow.datagrams.pop_front() {
-                flow.datagram_bytes -= payload.len();
+                flow.datagram_bytes -= payload.len() + super::DATAGRAM_COST;
                 return Poll::Ready(Ok(payload));
             }
             match flow.end {

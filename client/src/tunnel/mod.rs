@@ -33,6 +33,9 @@ const NOTICES: usize = 4096;
 /// Datagrams that wait for a flow's reader. Bytes; the oldest make room.
 const FLOW_QUEUE: usize = 64 * 1024;
 
+/// What a datagram costs beside its payload, which may be empty. Bytes.
+const DATAGRAM_COST: usize = 64;
+
 /// What the owner of a tunnel hears.
 #[derive(Debug)]
 pub enum Notice {
@@ -137,6 +140,8 @@ pub struct CarrierInfo {
     pub active: bool,
     /// The other end is there.
     pub ready: bool,
+    /// Nothing was heard for too long.
+    pub silent: bool,
 }
 
 impl Tunnel {
@@ -307,10 +312,12 @@ impl Tunnel {
             Event::Datagram { flow, payload } => {
                 state.received += payload.len() as u64;
                 if let Some(flow) = state.streams.get_mut(&flow) {
-                    flow.datagram_bytes += payload.len();
+                    flow.datagram_bytes += payload.len() + DATAGRAM_COST;
                     flow.datagrams.push_back(payload);
-                    while flow.datagram_bytes > FLOW_QUEUE {
-                        flow.datagram_bytes -= flow.datagrams.pop_front().map_or(0, |oldest| oldest.len());
+                    while flow.datagram_bytes > FLOW_QUEUE
+                        && let Some(oldest) = flow.datagrams.pop_front()
+                    {
+                        flow.datagram_bytes -= oldest.len() + DATAGRAM_COST;
                     }
                     wakers.extend(flow.reader.take());
                 }
@@ -383,6 +390,7 @@ impl State {
             bytes: (stats.sent, stats.received),
             active: self.session.active() == Some(id),
             ready: self.session.is_ready(id),
+            silent: stats.silent,
         })
     }
 }

@@ -17,8 +17,8 @@ use tokio::task::JoinSet;
 
 use super::Tunnel;
 
-/// Largest piece taken from a QUIC stream at once.
-const PIECE: usize = 64 * 1024;
+/// Chunks taken from a QUIC stream at once.
+const CHUNKS: usize = 32;
 /// Control frames overtake data.
 const CONTROL_PRIORITY: i32 = 1;
 
@@ -155,7 +155,7 @@ impl Carrier {
         let carrier = state.carriers.get(&self.id)?;
         match &carrier.given_up {
             Some(reason) => Some(Some(reason.clone())),
-            None => state.session.is_closed().then_some(None),
+            None => state.session.has_parted(self.id).then_some(None),
         }
     }
 
@@ -233,9 +233,13 @@ impl Carrier {
         hello: Option<Arc<Notify>>,
     ) -> Result<(), Broken> {
         let mut hello = hello;
-        while let Some(chunk) = lane.read_chunk(PIECE, true).await? {
+        // A QUIC frame each, about a packet's worth: several of them make one visit to the engine.
+        let mut chunks = [const { Bytes::new() }; CHUNKS];
+        while let Some(count) = lane.read_chunks(&mut chunks).await? {
             let is_ready = self.tunnel.with(|state, now| {
-                state.session.receive(now, self.id, name, chunk.bytes)?;
+                for chunk in &mut chunks[..count] {
+                    state.session.receive(now, self.id, name, std::mem::take(chunk))?;
+                }
                 Ok::<_, PeerMisbehaved>(state.session.is_ready(self.id))
             })?;
             if is_ready && let Some(hello) = hello.take() {

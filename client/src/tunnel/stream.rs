@@ -32,6 +32,9 @@ pub enum StreamError {
     /// The session is over.
     #[error("the session is over")]
     Closed,
+    /// Written, but the other end has not confirmed it in time.
+    #[error("the other end has not confirmed everything in time")]
+    Unconfirmed,
 }
 
 impl TunnelStream {
@@ -152,6 +155,19 @@ impl TunnelStream {
         })
         .await
         .unwrap_or_default();
+    }
+
+    /// Waits until the other end has everything and has finished, too.
+    ///
+    /// # Errors
+    /// [`StreamError`] when the stream was reset before.
+    pub async fn finished(&self) -> Result<(), StreamError> {
+        self.ended().await;
+        match self.tunnel.lock().streams.get(&self.id).and_then(|stream| stream.end) {
+            Some(Ending::Finished) => Ok(()),
+            Some(Ending::Reset(code)) => Err(StreamError::Reset(code)),
+            None => Err(StreamError::Closed),
+        }
     }
 
     /// Writes bytes without copying them; at most as many as [`TunnelStream::writable`] said.

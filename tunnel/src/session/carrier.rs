@@ -11,6 +11,8 @@ use super::{CarrierKind, Lane};
 const MIN_SILENCE: Duration = Duration::from_millis(500);
 /// The same while no round trip has been measured.
 const FIRST_SILENCE: Duration = Duration::from_millis(1500);
+/// How long the other end's hello may take: its process may have much to do at that moment.
+const HELLO: Duration = Duration::from_secs(5);
 /// A carrier in use with traffic is probed this often, so that a path that died one way is noticed
 /// by the end that only receives, too.
 const PROBE_BUSY: Duration = Duration::from_millis(500);
@@ -108,7 +110,8 @@ impl Carrier {
             last_ack: None,
             ack_at: None,
             last_heard: now,
-            outstanding: None,
+            // The other end's hello.
+            outstanding: Some(now),
             ping_number: 0,
             pinged: None,
             probe_at: None,
@@ -156,7 +159,8 @@ impl Carrier {
         self.busy(now);
         self.unacked += bytes as u64;
         let spaced_at = self.last_ack.map_or(now, |at| at + ACK_SPACING);
-        if self.unacked < ACK_BYTES {
+        // A multiplexed carrier's own transport paces it: there this only tells life from silence.
+        if self.unacked < ACK_BYTES || self.kind.is_multiplexed() {
             self.ack_at.get_or_insert(now + ACK_DELAY);
         } else if spaced_at <= now {
             self.ack_due = true;
@@ -254,9 +258,12 @@ impl Carrier {
 
     /// When nothing was heard for too long with something outstanding.
     fn silence_deadline(&self) -> Option<Instant> {
-        let patience =
-            self.rtt.map_or(FIRST_SILENCE, |rtt| (rtt.smoothed + 4 * rtt.variance).max(MIN_SILENCE));
+        let patience = if !self.hello_received { HELLO } else { self.patience() };
         self.outstanding.filter(|_| !self.silent).map(|since| since.max(self.last_heard) + patience)
+    }
+
+    fn patience(&self) -> Duration {
+        self.rtt.map_or(FIRST_SILENCE, |rtt| (rtt.smoothed + 4 * rtt.variance).max(MIN_SILENCE))
     }
 
     /// How long nothing was heard.
@@ -266,7 +273,7 @@ impl Carrier {
 
     /// Something was heard: the clock of silence starts anew, or rests when nothing is outstanding.
     fn rest(&mut self, now: Instant) {
-        let waiting = self.pinged.is_some() || self.acked < self.eliciting;
+        let waiting = self.pinged.is_some() || self.acked < self.eliciting || !self.hello_received;
         self.outstanding = waiting.then_some(now);
     }
 

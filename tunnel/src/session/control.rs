@@ -11,6 +11,8 @@ use super::{CarrierId, StreamId};
 const WINDOW_DELAY: Duration = Duration::from_millis(25);
 /// Datagrams waiting for a carrier, all flows together. Bytes.
 const MAX_DATAGRAMS: usize = 128 * 1024;
+/// What a datagram costs beside its payload, which may be empty. Bytes.
+const DATAGRAM_COST: usize = 64;
 /// Answers to streams that are long gone: each was asked for by one frame.
 const MAX_GONE: usize = 1024;
 
@@ -78,7 +80,7 @@ impl Pending {
 
     /// The oldest datagrams make room: a late one is worth less than a new one.
     pub(super) fn push_datagram(&mut self, flow: StreamId, payload: Bytes) {
-        self.datagram_bytes += payload.len();
+        self.datagram_bytes += payload.len() + DATAGRAM_COST;
         self.datagrams.push_back((flow, payload));
         while self.datagram_bytes > MAX_DATAGRAMS {
             self.pop_datagram();
@@ -87,7 +89,7 @@ impl Pending {
 
     pub(super) fn pop_datagram(&mut self) -> Option<(StreamId, Bytes)> {
         let (flow, payload) = self.datagrams.pop_front()?;
-        self.datagram_bytes -= payload.len();
+        self.datagram_bytes -= payload.len() + DATAGRAM_COST;
         Some((flow, payload))
     }
 

@@ -252,6 +252,8 @@ pub struct CarrierStats {
     pub received: u64,
     /// Smoothed round trip.
     pub rtt: Option<Duration>,
+    /// Nothing was heard for too long.
+    pub silent: bool,
 }
 
 /// One end of a tunnel. See the [module](self) for how to drive it.
@@ -463,6 +465,12 @@ impl Session {
         self.closed
     }
 
+    /// Whether the session is over and there is nothing left to say about it on this carrier.
+    pub fn has_parted(&self, id: CarrierId) -> bool {
+        let said = self.carriers.get(&id).is_none_or(|carrier| carrier.goodbye_sent);
+        self.closed && (self.goodbye.is_none() || said)
+    }
+
     /// Whether everything written on every stream has been acknowledged by the other end.
     pub fn is_drained(&self) -> bool {
         self.retained == 0 && self.ready.is_empty()
@@ -480,7 +488,7 @@ impl Session {
 
     /// When [`Session::handle_timeout`] is due.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        let carriers = self.carriers.values().filter(|c| c.hello_received).filter_map(Carrier::next_timeout);
+        let carriers = self.carriers.values().filter_map(Carrier::next_timeout);
         carriers.chain(self.pending.windows_at).min()
     }
 
@@ -493,7 +501,7 @@ impl Session {
         let ids: Vec<_> = self.carriers.keys().copied().collect();
         for id in ids {
             let in_use = self.active == Some(id);
-            let Some(carrier) = self.carriers.get_mut(&id).filter(|c| c.hello_received) else { continue };
+            let Some(carrier) = self.carriers.get_mut(&id) else { continue };
             let silent_for = carrier.on_timeout(now, in_use);
             if carrier.ack_due || carrier.ping {
                 self.wake(id);
@@ -533,7 +541,8 @@ impl Session {
     /// What a carrier has done so far.
     pub fn carrier_stats(&self, id: CarrierId) -> Option<CarrierStats> {
         let c = self.carriers.get(&id)?;
-        Some(CarrierStats { kind: c.kind, sent: c.sent, received: c.received, rtt: c.smoothed_rtt() })
+        let (kind, silent, rtt) = (c.kind, c.silent, c.smoothed_rtt());
+        Some(CarrierStats { kind, sent: c.sent, received: c.received, rtt, silent })
     }
 
     /// Every attached carrier, oldest first.
@@ -665,6 +674,10 @@ impl Session {
     }
 
     fn on_silence(&mut self, now: Instant, id: CarrierId, silent_for: Duration) {
+        if !self.is_ready(id) {
+            // Nobody is there.
+            return self.lose(now, id, silent_for);
+        }
         if self.active != Some(id) {
             // Nothing hangs on a carrier that stands by: replace it before it is needed.
             if self.carriers.values().any(|c| !c.silent && c.hello_received) {

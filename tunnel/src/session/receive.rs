@@ -32,7 +32,7 @@ impl Session {
         let length = bytes.len();
         let was_silent = carrier.silent;
         carrier.on_heard(now, length);
-        let mut decoder = carrier.decoders.remove(&lane).unwrap_or_default();
+        let mut decoder = std::mem::take(carrier.decoders.entry(lane).or_default());
         decoder.push(bytes);
         let result = self.receive_items(now, id, &mut decoder, length);
         if let Some(carrier) = self.carriers.get_mut(&id) {
@@ -130,6 +130,9 @@ impl Session {
             Frame::Gone { stream } => self.on_gone(StreamId(stream)),
             Frame::Datagram { flow, payload } => {
                 if self.live(StreamId(flow)).is_ok_and(|live| live.is_flow) {
+                    // A small slice must not keep a large read buffer alive.
+                    let small = payload.len() < super::send::SMALL;
+                    let payload = if small { Bytes::copy_from_slice(&payload) } else { payload };
                     self.events.push_back(Event::Datagram { flow: StreamId(flow), payload });
                 }
                 return Ok(true);
@@ -240,7 +243,15 @@ impl Session {
     fn on_window(&mut self, now: Instant, position: Position) -> Result<(), PeerMisbehaved> {
         let id = StreamId(position.stream);
         let Some(Stream::Live(live)) = self.streams.get_mut(&id) else {
-            return if self.was_open(id) { Ok(()) } else { Err(PeerMisbehaved::Stream) };
+            if !self.was_open(id) {
+                return Err(PeerMisbehaved::Stream);
+            }
+            if !self.streams.contains_key(&id) {
+                // It does not know yet that everything has arrived here.
+                self.pending.push_gone(id);
+                self.wake_active();
+            }
+            return Ok(());
         };
         let before = live.send.retained();
         let news = live.send.acknowledge(position.acked).map_err(|()| PeerMisbehaved::Acknowledged)?;
