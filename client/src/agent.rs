@@ -107,7 +107,7 @@ async fn take_offer(
     let id = offer.session.clone();
     let granted: Vec<Target> = offer.targets.iter().filter_map(|target| target.parse().ok()).collect();
     let via: Via = offer.via.parse().unwrap_or_default();
-    let opened = if running < MAX_SESSIONS { hub.open_session(End::Agent, offer, via) } else { None };
+    let opened = if running < MAX_SESSIONS { hub.open_session(End::Agent, offer, via, None) } else { None };
     let answer = Answer {
         session: id,
         accepted: opened.is_some(),

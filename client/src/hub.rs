@@ -118,8 +118,16 @@ impl Hub {
         Ok(answer.map_err(|_| RequestError::TimedOut)??)
     }
 
-    /// Starts this end of a session that was granted. `None`: the grant makes no sense.
-    pub fn open_session(&self, end: End, grant: Grant, via: Via) -> Option<OpenSession> {
+    /// Starts this end of a session that was granted. `called` is the name or device id that the user
+    /// asked for: whatever the mediator says, the other end's certificate must have it. `None`: the grant
+    /// makes no sense.
+    pub fn open_session(
+        &self,
+        end: End,
+        grant: Grant,
+        via: Via,
+        called: Option<&str>,
+    ) -> Option<OpenSession> {
         let id = SessionId::try_from(&grant.session[..]).ok()?;
         let peer = DeviceId::try_from(&grant.peer[..]).ok()?;
         let welcome = match &*self.control.state().borrow() {
@@ -134,6 +142,7 @@ impl Hub {
             end,
             id,
             peer,
+            called: called.map(str::to_owned),
             via,
             control: self.control.clone(),
             direct: if via.wants_direct() { self.direct_endpoint(&welcome) } else { None },

@@ -73,7 +73,7 @@ impl Technician {
         };
         match self.hub.request(open).await? {
             Down::Granted(grant) => {
-                self.hub.open_session(End::Technician, grant, via).ok_or(TechnicianError::Gone)
+                self.hub.open_session(End::Technician, grant, via, Some(agent)).ok_or(TechnicianError::Gone)
             }
             Down::Refused(refused) => Err(TechnicianError::refused(refused)),
             _ => Err(TechnicianError::Gone),

@@ -16,7 +16,13 @@ use crate::token::{self, Wanted};
 
 /// The mediator of adit: identities, presence, brokering, STUN.
 #[derive(Debug, Parser)]
-#[command(name = "adit-mediator", version, arg_required_else_help = true)]
+#[command(
+    name = "adit-mediator",
+    version,
+    arg_required_else_help = true,
+    after_help = "Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 refused, 4 unreachable, 5 timed out.\n\
+                  Example: adit-mediator demo"
+)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]

@@ -243,7 +243,9 @@ pub fn fingerprint(der: &[u8]) -> Result<[u8; 32], CertificateError> {
 /// Whether a device may have this name: 1 to 63 of `[A-Za-z0-9._-]`.
 pub fn is_name(name: &str) -> bool {
     let allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-');
-    (1..=MAX_NAME).contains(&name.len()) && name.bytes().all(allowed)
+    // A name that reads like an id could be taken for another device.
+    let reads_like_an_id = name.parse::<DeviceId>().is_ok();
+    (1..=MAX_NAME).contains(&name.len()) && name.bytes().all(allowed) && !reads_like_an_id
 }
 
 /// Whether a device may have this tag: `key=value`, at most 128 bytes; the key like a name, the value

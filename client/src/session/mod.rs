@@ -13,13 +13,14 @@ use adit_protocol::control::{self, Closed, Down, Grant, Renew, Up};
 use adit_protocol::{DeviceId, SessionId};
 use adit_tunnel::path::IceRole;
 use adit_tunnel::session::{CarrierId, CarrierKind, End, Reason};
+use rustls::pki_types::CertificateDer;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tracing::{debug, info, warn};
 
 use crate::control::maintain::{Control, State};
 use crate::direct::{DirectEndpoint, DirectEvent, DirectSession, SessionConfig};
-use crate::identity::Identity;
+use crate::identity::{Identity, Peer};
 use crate::tunnel::{CarrierInfo, Flow, Notice, Tunnel, TunnelStream, quic_carrier};
 use crate::via::Via;
 use relays::Relays;
@@ -30,6 +31,8 @@ const ABANDONED: Duration = Duration::from_secs(2 * 60 * 60);
 /// Tickets that were asked for and did not come are asked for again after this time: longer than the
 /// mediator takes two ends' wishes for one.
 const ASK_AGAIN: Duration = Duration::from_secs(3);
+/// Why a session with a device that nobody asked for ends.
+const OTHER_DEVICE: &str = "the mediator named another device than the one asked for";
 /// How long the carriers get to say goodbye.
 const GOODBYE: Duration = Duration::from_millis(500);
 
@@ -62,6 +65,8 @@ pub(crate) struct Parts {
     pub(crate) end: End,
     pub(crate) id: SessionId,
     pub(crate) peer: DeviceId,
+    /// Name or device id that the user asked for.
+    pub(crate) called: Option<String>,
     pub(crate) grant: Grant,
     pub(crate) via: Via,
     pub(crate) control: Control,
@@ -84,6 +89,7 @@ pub(crate) fn start(parts: Parts) -> (Tunnel, mpsc::Receiver<SessionEvent>) {
 struct Runner {
     end: End,
     id: SessionId,
+    called: Option<String>,
     control: Control,
     tunnel: Tunnel,
     events: mpsc::Sender<SessionEvent>,
@@ -126,11 +132,20 @@ impl Runner {
             }
         };
         let relays = parts.via.wants_relay().then(|| {
-            Relays::new(parts.identity.clone(), parts.end, parts.peer, tunnel.clone(), parts.grant.relays)
+            let called = parts.called.clone();
+            Relays::new(
+                parts.identity.clone(),
+                parts.end,
+                parts.peer,
+                called,
+                tunnel.clone(),
+                parts.grant.relays,
+            )
         });
         Self {
             end: parts.end,
             id: parts.id,
+            called: parts.called,
             control: parts.control,
             tunnel,
             events,
@@ -261,6 +276,12 @@ impl Runner {
                 tokio::spawn(async move { control.send(Up::Candidates(candidates)).await });
             }
             DirectEvent::Connected { connection, local } => {
+                let certificates = connection.peer_identity();
+                let certificates =
+                    certificates.and_then(|any| any.downcast::<Vec<CertificateDer<'_>>>().ok());
+                if !is_called(certificates.as_deref().map(Vec::as_slice), self.called.as_deref()) {
+                    return self.tunnel.close(OTHER_DEVICE);
+                }
                 debug!(session = %self.id, "direct path connected");
                 let tunnel = self.tunnel.clone();
                 self.quic.spawn(async move {
@@ -335,6 +356,14 @@ impl Runner {
         let _ = tokio::time::timeout(GOODBYE, goodbye).await;
         let _ = self.events.send(SessionEvent::Closed { reason }).await;
     }
+}
+
+/// Whether the device with these certificates is the one that the user asked for.
+fn is_called(certificates: Option<&[CertificateDer<'_>]>, called: Option<&str>) -> bool {
+    let Some(called) = called else { return true };
+    let peer = certificates.and_then(|chain| chain.first()).map(|leaf| Peer::from_certificate(leaf));
+    let Some(Ok(peer)) = peer else { return false };
+    peer.name == called || peer.device_id.to_string() == called
 }
 
 /// The moment of a wall-clock time, for a process that may sleep in between: good enough to end a

@@ -58,6 +58,7 @@ enum Outcome {
 
 struct Dialler {
     identity: Arc<Identity>,
+    called: Option<String>,
     tunnel: Tunnel,
     config: Result<Config, String>,
 }
@@ -72,6 +73,7 @@ impl Relays {
         identity: Arc<Identity>,
         end: End,
         peer: DeviceId,
+        called: Option<String>,
         tunnel: Tunnel,
         tickets: Vec<RelayTicket>,
     ) -> Self {
@@ -82,7 +84,7 @@ impl Relays {
         let config = config.map_err(|error| error.to_string());
         let relays = tickets.into_iter().map(Relay::new).collect();
         Self {
-            dialler: Arc::new(Dialler { identity, tunnel, config }),
+            dialler: Arc::new(Dialler { identity, called, tunnel, config }),
             relays,
             tasks: JoinSet::new(),
             attempts: 0,
@@ -251,12 +253,17 @@ impl Dialler {
                 .map(Into::into),
             Config::Agent(config) => TlsAcceptor::from(config.clone()).accept(leg).await.map(Into::into),
         };
-        connection.map_err(|error| match RelayRefused::of(&error) {
+        let connection: TlsStream<Leg> = connection.map_err(|error| match RelayRefused::of(&error) {
             Some(RelayRefused::Known(
                 adit_protocol::leg::Status::NoPeer | adit_protocol::leg::Status::Busy,
             ))
             | None => Outcome::Failed(error.to_string()),
             Some(refused) => Outcome::Spent(refused.to_string(), ticket.ticket.clone()),
-        })
+        })?;
+        if !super::is_called(connection.get_ref().1.peer_certificates(), self.called.as_deref()) {
+            self.tunnel.close(super::OTHER_DEVICE);
+            return Err(Outcome::Failed(super::OTHER_DEVICE.to_owned()));
+        }
+        Ok(connection)
     }
 }
