@@ -176,6 +176,7 @@ mod tests {
                 bytes: (0, 0),
                 active: true,
                 ready: true,
+                silent: false,
             },
             reason: "direct path confirmed".to_owned(),
             since_start: Duration::from_millis(41),
