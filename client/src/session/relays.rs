@@ -48,7 +48,7 @@ struct Relay {
 
 enum Outcome {
     /// Both legs are there: the ticket that was shown is spent.
-    Paired(TlsStream<Leg>, String),
+    Paired(Box<TlsStream<Leg>>, String),
     /// The ticket that was shown is of no use any more.
     Spent(String, String),
     Failed(String),
@@ -166,14 +166,11 @@ impl Relays {
             if relay.dialling {
                 continue;
             }
-            match relay.ticket.clone() {
-                Some(ticket) => {
-                    relay.dialling = true;
-                    let dialler = self.dialler.clone();
-                    self.tasks.spawn(async move { (index, dialler.dial(ticket).await) });
-                }
-                // The mediator is asked for another one; see `lacks_tickets`.
-                None => {}
+            // Where there is no ticket, the mediator is asked for one; see `lacks_tickets`.
+            if let Some(ticket) = relay.ticket.clone() {
+                relay.dialling = true;
+                let dialler = self.dialler.clone();
+                self.tasks.spawn(async move { (index, dialler.dial(ticket).await) });
             }
         }
         if !self.all && self.relays.len() > 1 && self.running_carriers() == 0 {
@@ -194,7 +191,7 @@ impl Relays {
                 self.tasks.spawn(async move {
                     let stream = connection.get_ref().0.stream();
                     let (local, remote) = (stream.local_addr().ok(), stream.peer_addr().ok());
-                    byte_carrier::run(tunnel, CarrierKind::Relay, connection, local, remote).await;
+                    byte_carrier::run(tunnel, CarrierKind::Relay, *connection, local, remote).await;
                     (index, Outcome::Ended)
                 });
             }
@@ -237,7 +234,7 @@ impl Relay {
 impl Dialler {
     async fn dial(&self, ticket: RelayTicket) -> Outcome {
         match timeout(DIAL_TIMEOUT, self.connect(&ticket)).await {
-            Ok(Ok(connection)) => Outcome::Paired(connection, ticket.ticket),
+            Ok(Ok(connection)) => Outcome::Paired(Box::new(connection), ticket.ticket),
             Ok(Err(outcome)) => outcome,
             Err(_) => Outcome::Failed("timed out".to_owned()),
         }

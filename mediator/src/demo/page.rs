@@ -62,7 +62,8 @@ pub(super) async fn exchange(local: SocketAddr, sample: &[u8]) -> Result<String,
     };
     let mut answer = Vec::with_capacity(length + length / 8);
     let (sent, received) = tokio::join!(send, from.read_to_end(&mut answer));
-    (sent?, received?);
+    sent?;
+    received?;
     let head = answer.windows(4).position(|four| four == b"\r\n\r\n").map_or(answer.len(), |at| at + 4);
     let (head, body) = answer.split_at(head);
     let head = String::from_utf8_lossy(head).to_ascii_lowercase();
