@@ -213,16 +213,6 @@ impl Tunnel {
         self.with(|state, _| state.session.close(reason));
     }
 
-    /// Gives up every carrier, without ending the session.
-    pub fn drop_carriers(&self, reason: &str) {
-        let mut wakers = Vec::new();
-        for carrier in self.lock().carriers.values_mut() {
-            carrier.given_up = Some(reason.to_owned());
-            carrier.wake(&mut wakers);
-        }
-        wakers.into_iter().for_each(Waker::wake);
-    }
-
     /// Whether the session is over.
     pub fn is_closed(&self) -> bool {
         self.lock().session.is_closed()
@@ -248,11 +238,6 @@ impl Tunnel {
     /// Streams and flows that are open.
     pub fn stream_count(&self) -> usize {
         self.lock().session.stream_count()
-    }
-
-    /// Probes all carriers at once.
-    pub fn probe(&self) {
-        self.with(|state, now| state.session.probe_all(now));
     }
 
     /// Runs `work` on the engine, then lets everybody know who has something to do.
