@@ -10,6 +10,7 @@ use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 
 use adit_protocol::frame::ResetCode;
+use adit_tunnel::session::LONG_TURN;
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -20,8 +21,8 @@ use crate::tunnel::{StreamError, TunnelStream};
 
 /// Buffer of a connection that has moved little so far; thousands of idle ones cost little.
 const SMALL_BUFFER: usize = 8 * 1024;
-/// Buffer of one that moves much.
-const LARGE_BUFFER: usize = 64 * 1024;
+/// Buffer of one that moves much: a read of it is one frame.
+const LARGE_BUFFER: usize = LONG_TURN;
 /// Taken from the stream and not written yet, at most; and in how many pieces.
 const GATHER: usize = 64 * 1024;
 const PIECES: usize = 16;
@@ -168,7 +169,7 @@ impl<R: AsyncRead + Unpin> Up<R> {
             // system calls cost more.
             self.buffer.reserve(self.size);
         }
-        let most = room.min(self.buffer.capacity());
+        let most = room.min(self.buffer.capacity()).min(LARGE_BUFFER);
         let mut limited = (&mut self.buffer).limit(most);
         match poll_read_buf(Pin::new(&mut self.reader), cx, &mut limited) {
             Poll::Pending => Ok(Poll::Pending),

@@ -1,5 +1,6 @@
 //! TLS configurations: 1.3 only, aws-lc-rs, hybrid post-quantum key exchange, no resumption, no 0-RTT.
 
+use std::io;
 use std::sync::{Arc, LazyLock};
 
 use adit_protocol::{ALPN_CONTROL, ALPN_ENROL, ALPN_TUNNEL, DeviceId, Role};
@@ -10,9 +11,18 @@ use rustls::crypto::aws_lc_rs::{self, cipher_suite, kx_group};
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::server::NoServerSessionStorage;
 use rustls::{ClientConfig, ServerConfig};
+use tokio::io::{AsyncRead, AsyncWrite, BufReader};
+use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
 use crate::identity::Identity;
 use crate::identity::verify::{DeviceVerifier, Expected, PinnedVerifier, VerifyError};
+
+/// Ciphertext that a carrier reads at once. rustls alone asks the system for 4 KiB at a time, which for a
+/// record of 16 KiB is five system calls.
+const READ_AHEAD: usize = 64 * 1024;
+
+/// TLS of a carrier over a byte stream.
+pub type CarrierStream<S> = TlsStream<BufReader<S>>;
 
 /// Control channel, device's side: the other end must be a mediator of our organisation.
 ///
@@ -69,6 +79,35 @@ pub fn tunnel_client(identity: &Identity, agent: DeviceId) -> Result<ClientConfi
 /// See [`control_client`].
 pub fn tunnel_server(identity: &Identity, technician: Option<DeviceId>) -> Result<ServerConfig, TlsError> {
     server(identity, Expected { roles: vec![Role::Technician], device: technician }, ALPN_TUNNEL)
+}
+
+/// TLS handshake of a carrier over `stream`, technician's side. The deadline is the caller's.
+///
+/// # Errors
+/// The stream's, and those of the handshake.
+pub async fn carrier_connect<S>(config: Arc<ClientConfig>, stream: S) -> io::Result<CarrierStream<S>>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let stream = BufReader::with_capacity(READ_AHEAD, stream);
+    let mut tls = TlsConnector::from(config).connect(tunnel_server_name(), stream).await?;
+    // The session engine bounds what is on the way; cut into pieces it would cost a system call each.
+    tls.get_mut().1.set_buffer_limit(None);
+    Ok(tls.into())
+}
+
+/// The same, agent's side.
+///
+/// # Errors
+/// See [`carrier_connect`].
+pub async fn carrier_accept<S>(config: Arc<ServerConfig>, stream: S) -> io::Result<CarrierStream<S>>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let stream = BufReader::with_capacity(READ_AHEAD, stream);
+    let mut tls = TlsAcceptor::from(config).accept(stream).await?;
+    tls.get_mut().1.set_buffer_limit(None);
+    Ok(tls.into())
 }
 
 /// The server name to dial `server` (`HOST:PORT`) with. Nothing depends on it: roles and device ids in

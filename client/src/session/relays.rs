@@ -9,12 +9,11 @@ use adit_tunnel::session::{CarrierKind, End};
 use rustls::{ClientConfig, ServerConfig};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 use tracing::debug;
 
 use crate::identity::Identity;
 use crate::leg::{self, Leg, RelayRefused};
-use crate::tls;
+use crate::tls::{self, CarrierStream};
 use crate::tunnel::{CarrierInfo, Tunnel, byte_carrier};
 
 /// The first relay has this long before the others are dialled, too.
@@ -48,7 +47,7 @@ struct Relay {
 
 enum Outcome {
     /// Both legs are there: the ticket that was shown is spent.
-    Paired(Box<TlsStream<Leg>>, String),
+    Paired(Box<CarrierStream<Leg>>, String),
     /// The ticket that was shown is of no use any more.
     Spent(String, String),
     Failed(String),
@@ -189,7 +188,7 @@ impl Relays {
                 self.dial_at = None;
                 let tunnel = self.dialler.tunnel.clone();
                 self.tasks.spawn(async move {
-                    let stream = connection.get_ref().0.stream();
+                    let stream = connection.get_ref().0.get_ref().stream();
                     let (local, remote) = (stream.local_addr().ok(), stream.peer_addr().ok());
                     byte_carrier::run(tunnel, CarrierKind::Relay, *connection, local, remote).await;
                     (index, Outcome::Ended)
@@ -240,17 +239,14 @@ impl Dialler {
         }
     }
 
-    async fn connect(&self, ticket: &RelayTicket) -> Result<TlsStream<Leg>, Outcome> {
+    async fn connect(&self, ticket: &RelayTicket) -> Result<CarrierStream<Leg>, Outcome> {
         let config = self.config.as_ref().map_err(|error| Outcome::Failed(error.clone()))?;
         let leg = leg::dial(&self.identity, ticket).await.map_err(|e| Outcome::Failed(e.to_string()))?;
         let connection = match config {
-            Config::Technician(config) => TlsConnector::from(config.clone())
-                .connect(tls::tunnel_server_name(), leg)
-                .await
-                .map(Into::into),
-            Config::Agent(config) => TlsAcceptor::from(config.clone()).accept(leg).await.map(Into::into),
+            Config::Technician(config) => tls::carrier_connect(config.clone(), leg).await,
+            Config::Agent(config) => tls::carrier_accept(config.clone(), leg).await,
         };
-        let connection: TlsStream<Leg> = connection.map_err(|error| match RelayRefused::of(&error) {
+        let connection = connection.map_err(|error| match RelayRefused::of(&error) {
             Some(RelayRefused::Known(
                 adit_protocol::leg::Status::NoPeer | adit_protocol::leg::Status::Busy,
             ))

@@ -43,6 +43,7 @@ use carrier::Carrier;
 use ranges::RangeSet;
 pub use recv::INITIAL_WINDOW;
 use stream::{Live, Stream};
+pub use transmit::LONG_TURN;
 
 /// Which end of the tunnel this is. The technician's end is the TLS and QUIC client, opens the streams
 /// and names the carrier to use.

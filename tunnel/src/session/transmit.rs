@@ -15,8 +15,8 @@ const GATHER: usize = 4 * 1024;
 const DATAGRAM_HEAD: usize = 1 + 4 + 8;
 /// A stream's turn when others wait: one TLS record. Bytes.
 const TURN: usize = 16 * 1024 - 64;
-/// A stream's turn when it is alone.
-const LONG_TURN: usize = 64 * 1024;
+/// A stream's turn when it is alone: with its header, four whole TLS records. Bytes.
+pub const LONG_TURN: usize = 64 * 1024 - 64;
 
 impl Session {
     /// The next bytes for one lane of a carrier, or `None` while there is nothing to send there.
