@@ -101,8 +101,8 @@ fn lines_are_full_and_queues_are_short() {
     let micros = Duration::from_micros;
     // Megabits a second, one-way delay, seconds; longest wait of a keystroke.
     let lines = [
-        (20.0, ms(10), 4.0, ms(120)),
-        (100.0, ms(20), 4.0, ms(100)),
+        (20.0, ms(10), 4.0, ms(80)),
+        (100.0, ms(20), 4.0, ms(80)),
         (100.0, micros(100), 2.0, ms(30)),
         (1_000.0, ms(5), 1.0, ms(30)),
         (5_000.0, micros(50), 0.4, ms(30)),

@@ -28,6 +28,8 @@ use children::{Child, spawn};
 const STEP: Duration = Duration::from_secs(30);
 /// How long `--once` waits for the direct path.
 const DIRECT: Duration = Duration::from_secs(20);
+/// A target that refuses has done so by then: everything is on this machine.
+const REFUSED: Duration = Duration::from_millis(500);
 /// Between two updates of the live line.
 const TICK: Duration = Duration::from_secs(1);
 /// Bytes that `--once` sends each way, twice.
@@ -171,7 +173,7 @@ async fn once(
                 );
             }
             None => {
-                step("connecting to the target", tokio::net::TcpStream::connect(local)).await?;
+                step("connecting to the target", connect(local)).await?;
                 println!(
                     "connected to the target from tier {tier} on; its bytes are its own, so none were compared"
                 );
@@ -194,6 +196,19 @@ async fn once(
     check("direct").await?;
     println!("demo: ok");
     Ok(())
+}
+
+/// Connects through the tunnel. A target that refused shows as a connection that ends at once.
+async fn connect(local: SocketAddr) -> Result<(), Anything> {
+    let stream = tokio::net::TcpStream::connect(local).await?;
+    let mut byte = [0];
+    match timeout(REFUSED, stream.peek(&mut byte)).await {
+        // It waits for its client to speak first.
+        Err(_) => Ok(()),
+        Ok(Ok(read)) if read > 0 => Ok(()),
+        Ok(Ok(_)) => Err("the target closed the connection at once".into()),
+        Ok(Err(error)) => Err(format!("the target cannot be reached from the agent: {error}").into()),
+    }
 }
 
 /// One line that follows tier, carrier, round trip and throughput.
@@ -232,7 +247,7 @@ async fn live(technician: &Path, children: &mut [Child]) -> Result<(), Anything>
 async fn enrol(dir: &Path, name: &str, token: &str, mediator: &mut Child) -> Result<(), Anything> {
     // The server may need a moment before it listens.
     for attempt in 0.. {
-        let mut child = spawn(["adit", "enroll", "-", "--data"], dir, &["--name", name])?;
+        let mut child = spawn(["adit", "enroll", "-", "--json", "--data"], dir, &["--name", name])?;
         child.feed(token).await?;
         match child.wait().await? {
             Ok(()) => return Ok(()),

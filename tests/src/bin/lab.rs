@@ -23,10 +23,10 @@ struct Cli {
 }
 
 const EXAMPLES: &str = "Examples:
-  cargo build --workspace --bins
-  cargo run -p adit-tests --bin lab -- up --agent cone --technician symmetric --rate 100mbit --delay 20ms
-  cargo run -p adit-tests --bin lab -- shell agent        in another terminal, while it is up
-  cargo run -p adit-tests --bin lab -- up --networks-only --shell agent";
+  cargo build --release --workspace --bins
+  target/release/lab up --agent cone --technician symmetric --rate 100mbit --delay 20ms
+  target/release/lab shell agent        in another terminal, while it is up
+  target/release/lab up --networks-only --shell agent";
 
 #[derive(Subcommand)]
 enum Do {

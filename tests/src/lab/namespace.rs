@@ -27,7 +27,9 @@ pub(super) trait Namespace {
         let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
         command.args(words).env("PATH", path);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = self.start(command).with_context(|| format!("cannot start `{line}`"))?;
+        let mut child = self
+            .start(command)
+            .with_context(|| format!("cannot start `{line}`; tests/all installs what the lab needs"))?;
         if let Some(mut stdin) = child.stdin.take() {
             stdin.write_all(input.as_bytes())?;
         }

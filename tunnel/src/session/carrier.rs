@@ -31,7 +31,8 @@ const ACK_SPACING: Duration = Duration::from_millis(1);
 const ACK_BYTES: u64 = 32 * 1024;
 /// What may be on the way before anything is known of the line, and at least.
 const MIN_FLIGHT: u64 = 128 * 1024;
-/// A delivery rate is taken over at least this long, so that one burst is not taken for a rate.
+/// A delivery rate is taken over at least this long, and over a round trip, so that one burst is not taken
+/// for a rate.
 const RATE_SAMPLE: Duration = Duration::from_millis(10);
 /// How many samples the largest rate is taken over.
 const RATE_SAMPLES: usize = 10;
@@ -188,7 +189,8 @@ impl Carrier {
         }
         let full = self.room() < MIN_FLIGHT / 2;
         self.acked = self.acked.max(received);
-        self.rate.on_ack(now, self.acked, full);
+        let span = self.rtt.map_or(RATE_SAMPLE, |rtt| rtt.min.max(RATE_SAMPLE));
+        self.rate.on_ack(now, self.acked, span, full);
         self.rest(now);
         Ok(())
     }
@@ -306,13 +308,13 @@ impl Rate {
     }
 
     /// `full`: the line was kept busy, so a low sample is the line's doing and not the application's.
-    fn on_ack(&mut self, now: Instant, acked: u64, full: bool) {
+    fn on_ack(&mut self, now: Instant, acked: u64, span: Duration, full: bool) {
         let Some((start, before)) = self.start else {
             self.start = Some((now, acked));
             return;
         };
         let elapsed = now - start;
-        if elapsed < RATE_SAMPLE {
+        if elapsed < span {
             return;
         }
         self.start = Some((now, acked));
