@@ -34,7 +34,8 @@ pub struct Enrolment {
     pub tags: Vec<String>,
     /// Relays only: names and addresses that clients use.
     pub hosts: Vec<String>,
-    /// Whether an identity that is there already may be replaced.
+    /// Whether this is a machine installed anew: gives up the identity that is there, and takes the name of
+    /// a device that has it.
     pub replace: bool,
 }
 
@@ -59,6 +60,7 @@ pub async fn enrol(token: &EnrolmentToken, wanted: &Enrolment) -> Result<Identit
         name: wanted.name.clone(),
         tags: wanted.tags.clone(),
         hosts: wanted.hosts.clone(),
+        replace: wanted.replace,
     };
     let granted = ask(token, &request).await?;
     let identity = accept(granted, token, key, wanted.hosts.clone())?;
@@ -134,7 +136,10 @@ async fn ask(token: &EnrolmentToken, request: &Request) -> Result<Granted, Enrol
         match timeout(ANSWER_TIMEOUT, answer).await {
             Ok(Ok(Response { outcome: Some(Outcome::Granted(granted)) })) => return Ok(granted),
             Ok(Ok(Response { outcome: Some(Outcome::Refused(refused)) })) => {
-                return Err(EnrolError::Refused(refused.message));
+                return Err(match refused.unavailable {
+                    true => EnrolError::Unavailable(refused.message),
+                    false => EnrolError::Refused(refused.message),
+                });
             }
             Ok(Ok(Response { outcome: None })) => last = EnrolError::NoAnswer,
             Ok(Err(error)) => last = EnrolError::from_dial(server, DialError::from_tls(error)),
@@ -174,7 +179,8 @@ fn accept(
         ticket_key,
         certificate: CertificateDer::from(granted.certificate),
         root: CertificateDer::from(granted.root),
-        key,
+        key: Arc::new(key),
+        revoked: Arc::default(),
     })
 }
 
@@ -196,6 +202,9 @@ pub enum EnrolError {
     /// The mediator said no.
     #[error("the mediator refused this enrolment: {0}")]
     Refused(String),
+    /// The mediator could not, this time.
+    #[error("the mediator cannot enrol now: {0}")]
+    Unavailable(String),
     /// The server is not the one that the token names.
     #[error("the server's root key is not the one that the token names: wrong fingerprint")]
     WrongFingerprint,
@@ -249,7 +258,7 @@ impl Failure for EnrolError {
             Self::Unreachable { .. } => Exit::Unreachable,
             Self::TimedOut { .. } => Exit::TimedOut,
             Self::Store(error) => error.exit(),
-            Self::NoAnswer | Self::Certificate(_) | Self::Tls(_) => Exit::Failed,
+            Self::Unavailable(_) | Self::NoAnswer | Self::Certificate(_) | Self::Tls(_) => Exit::Failed,
         }
     }
 
@@ -269,6 +278,9 @@ impl Failure for EnrolError {
             Self::Unreachable { .. } | Self::TimedOut { .. } => {
                 "check that the mediator runs and no firewall is in the way; then try the same token again"
                     .into()
+            }
+            Self::Unavailable(_) => {
+                "try the same token again; the operator finds the cause in the mediator's log".into()
             }
             Self::NoAnswer => "check that device and mediator run fitting versions".into(),
             Self::Store(error) => return error.remedy(),

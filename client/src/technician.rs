@@ -10,7 +10,7 @@ use adit_tunnel::session::End;
 use crate::control::maintain::State;
 use crate::exit::{Exit, Failure};
 use crate::hub::{Hub, OpenSession, RequestError};
-use crate::identity::Identity;
+use crate::identity::Live;
 use crate::via::Via;
 
 /// How long the mediator may take to be reached: all of its addresses, each with its own deadline.
@@ -26,7 +26,7 @@ impl Technician {
     ///
     /// # Errors
     /// [`TechnicianError`]: the first attempt failed.
-    pub async fn connect(identity: Arc<Identity>) -> Result<Self, TechnicianError> {
+    pub async fn connect(identity: Arc<Live>) -> Result<Self, TechnicianError> {
         let (hub, _no_offers) = Hub::start(identity);
         let mut state = hub.control().state();
         let first = state.wait_for(|state| !matches!(state, State::Connecting));

@@ -61,7 +61,8 @@ impl Mediator {
             ticket_key: None,
             certificate,
             root: authority.certificate().clone(),
-            key,
+            key: std::sync::Arc::new(key),
+            revoked: Default::default(),
         };
         Self { listener, authority, identity }
     }

@@ -51,7 +51,7 @@ impl Agent {
         events.emit(&Event::Allowing { entries: &entries });
 
         let sessions = Arc::<Sessions>::default();
-        let process = status::Process { command: "agent", device: identity.name.clone() };
+        let process = status::Process { command: "agent", device: identity.get().name.clone() };
         let shown = sessions.clone();
         let _status = status::serve(&dir, process, move || shown.all());
 

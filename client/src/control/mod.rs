@@ -5,7 +5,7 @@
 pub mod maintain;
 pub mod wire;
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use adit_protocol::PROTOCOL_VERSION;
@@ -36,9 +36,11 @@ pub fn software() -> String {
     concat!("adit ", env!("CARGO_PKG_VERSION")).to_owned()
 }
 
-/// A [`Hello`] of this build with the sessions that live at this end.
+/// A [`Hello`] of this process with the sessions that live at this end.
 pub fn hello(sessions: Vec<adit_protocol::control::LiveSession>) -> Hello {
-    Hello { protocol_version: PROTOCOL_VERSION, software: software(), sessions }
+    static INSTANCE: LazyLock<u64> = LazyLock::new(rand::random);
+    let instance = *INSTANCE;
+    Hello { protocol_version: PROTOCOL_VERSION, software: software(), sessions, instance, revocations: 0 }
 }
 
 /// One open control channel, greeted. Closes when dropped.
@@ -53,12 +55,14 @@ pub struct ControlChannel {
 }
 
 impl ControlChannel {
-    /// Dials the servers of `identity` in turn, says `hello`, waits for the welcome.
+    /// Dials the servers of `identity` in turn, says `hello` and which list of revoked certificates is known,
+    /// waits for the welcome.
     ///
     /// # Errors
     /// [`ControlError`] of the last server tried; a refusal ends the round at once.
     pub async fn dial(identity: &Identity, hello: Hello) -> Result<Self, ControlError> {
         let config = Arc::new(tls::control_client(identity)?);
+        let hello = Hello { revocations: identity.revoked.newest().number, ..hello };
         let mut last = ControlError::NoServer;
         for server in &identity.servers {
             match Self::dial_one(server, config.clone(), hello.clone()).await {
