@@ -81,7 +81,10 @@ pub async fn run(
                 }
                 let event = match &*state.borrow_and_update() {
                     State::Connected(_) => Some(AgentEvent::Online),
-                    State::Disconnected { reason, .. } => Some(AgentEvent::Offline { reason: reason.clone() }),
+                    State::Disconnected { reason, remedy, .. } => {
+                        let remedy = remedy.as_ref().map_or(String::new(), |remedy| format!("; {remedy}"));
+                        Some(AgentEvent::Offline { reason: format!("{reason}{remedy}") })
+                    }
                     State::Connecting => None,
                 };
                 if let Some(event) = event {

@@ -162,7 +162,10 @@ fn accept(
     let peer = Peer::from_certificate(&granted.certificate)?;
     let role: Role = granted.role.parse().map_err(|_| EnrolError::NoAnswer)?;
     let device_id = DeviceId::try_from(granted.device_id.as_slice()).map_err(|_| EnrolError::NoAnswer)?;
-    if peer.public_key != key.public_key() || (peer.device_id, peer.role) != (device_id, role) {
+    if peer.public_key != key.public_key()
+        || (peer.device_id, peer.role) != (device_id, role)
+        || role != token.role
+    {
         return Err(EnrolError::NoAnswer);
     }
     let ticket_key = match role {
@@ -211,6 +214,14 @@ pub enum EnrolError {
     /// The server's certificate is not acceptable for another reason.
     #[error("the server cannot be trusted: {0}")]
     Untrusted(VerifyError),
+    /// Something in between answers in the mediator's place.
+    #[error("{server}: {why}")]
+    Intercepted {
+        /// `HOST:PORT`.
+        server: String,
+        /// What gave it away.
+        why: String,
+    },
     /// Nobody answers there.
     #[error("the mediator at {server} cannot be reached: {why}")]
     Unreachable {
@@ -243,6 +254,10 @@ impl EnrolError {
     fn from_dial(server: &str, error: DialError) -> Self {
         match error {
             DialError::Verify(VerifyError::WrongFingerprint) => Self::WrongFingerprint,
+            DialError::Foreign(why) => Self::Intercepted { server: server.to_owned(), why },
+            DialError::Verify(error @ VerifyError::Intercepted { .. }) => {
+                Self::Intercepted { server: server.to_owned(), why: error.to_string() }
+            }
             DialError::Verify(verdict) => Self::Untrusted(verdict),
             DialError::TimedOut => Self::TimedOut { server: server.to_owned() },
             other => Self::Unreachable { server: server.to_owned(), why: other.to_string() },
@@ -255,7 +270,7 @@ impl Failure for EnrolError {
         match self {
             Self::Token(_) | Self::Name(_) | Self::Tag(_) | Self::AlreadyEnrolled(_) => Exit::Usage,
             Self::Refused(_) | Self::WrongFingerprint | Self::Untrusted(_) => Exit::Refused,
-            Self::Unreachable { .. } => Exit::Unreachable,
+            Self::Unreachable { .. } | Self::Intercepted { .. } => Exit::Unreachable,
             Self::TimedOut { .. } => Exit::TimedOut,
             Self::Store(error) => error.exit(),
             Self::Unavailable(_) | Self::NoAnswer | Self::Certificate(_) | Self::Tls(_) => Exit::Failed,
@@ -274,6 +289,7 @@ impl Failure for EnrolError {
             Self::WrongFingerprint => {
                 "ask the operator for a new token; if it fails again, someone may sit in between".into()
             }
+            Self::Intercepted { .. } => crate::control::INTERCEPTED.into(),
             Self::Untrusted(_) => "check this machine's clock; else ask the operator for a new token".into(),
             Self::Unreachable { .. } | Self::TimedOut { .. } => {
                 "check that the mediator runs and no firewall is in the way; then try the same token again"

@@ -32,9 +32,11 @@ impl Technician {
         let first = state.wait_for(|state| !matches!(state, State::Connecting));
         let failed = match tokio::time::timeout(CONNECT, first).await {
             Ok(Ok(state)) => match &*state {
-                State::Disconnected { reason, exit } => {
-                    Some(TechnicianError::NoMediator { reason: reason.clone(), exit: *exit })
-                }
+                State::Disconnected { reason, remedy, exit } => Some(TechnicianError::NoMediator {
+                    reason: reason.clone(),
+                    remedy: remedy.clone(),
+                    exit: *exit,
+                }),
                 _ => None,
             },
             Ok(Err(_)) => Some(TechnicianError::Gone),
@@ -89,6 +91,8 @@ pub enum TechnicianError {
     NoMediator {
         /// Why.
         reason: String,
+        /// What helps.
+        remedy: Option<String>,
         /// The code to end with.
         exit: Exit,
     },
@@ -142,7 +146,8 @@ impl Failure for TechnicianError {
 
     fn remedy(&self) -> Option<String> {
         match self {
-            Self::NoMediator { .. } | Self::TimedOut | Self::Gone => {
+            Self::NoMediator { remedy, .. } => remedy.clone(),
+            Self::TimedOut | Self::Gone => {
                 Some("check that the mediator runs and that no firewall blocks the way".to_owned())
             }
             Self::Refused { .. } => None,

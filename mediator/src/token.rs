@@ -59,6 +59,7 @@ pub async fn make(dir: &Path, wanted: Wanted) -> Result<EnrolmentToken, Error> {
     added.map_err(|error| Error::Database { path: dir.join(DATABASE), error })?;
     store.close().await;
     Ok(EnrolmentToken {
+        role: wanted.role,
         fingerprint: organisation.fingerprint()?,
         secret,
         servers: organisation.identity.servers,

@@ -117,7 +117,7 @@ async fn register(live: Arc<Live>, relay: Arc<Relay>, announcement: RelayUp, rea
                 }
                 true
             }
-            State::Disconnected { reason, exit: Exit::Refused } => {
+            State::Disconnected { reason, exit: Exit::Refused, .. } => {
                 error!(reason, "the mediator does not accept this relay; enrol it again with a new token");
                 false
             }

@@ -32,6 +32,8 @@ pub enum State {
     Disconnected {
         /// Why, for people.
         reason: String,
+        /// What helps, for people.
+        remedy: Option<String>,
         /// What a program that cannot wait would exit with.
         exit: Exit,
     },
@@ -133,37 +135,38 @@ impl<H: Fn() -> Hello + Send + 'static> Keeper<H> {
     async fn run(mut self) {
         let mut attempt = 0;
         while !self.down.is_closed() {
-            let (reason, exit) = match ControlChannel::dial(&self.identity.get(), (self.hello)()).await {
-                Ok(channel) => {
-                    info!(server = channel.server, name = channel.welcome.name, "control channel is up");
-                    let since = Instant::now();
-                    // What was said to an earlier channel is stale: this one began with a new `Hello`.
-                    while let Ok(command) = self.outgoing.try_recv() {
-                        if let Command::Close(_) = command {
-                            return;
+            let (reason, remedy, exit) =
+                match ControlChannel::dial(&self.identity.get(), (self.hello)()).await {
+                    Ok(channel) => {
+                        info!(server = channel.server, name = channel.welcome.name, "control channel is up");
+                        let since = Instant::now();
+                        // What was said to an earlier channel is stale: this one began with a new `Hello`.
+                        while let Ok(command) = self.outgoing.try_recv() {
+                            if let Command::Close(_) = command {
+                                return;
+                            }
                         }
+                        let servers = channel.welcome.servers.clone();
+                        self.identity.take(Some(Update { certificate: vec![], servers }), None);
+                        self.state.send_replace(State::Connected(Arc::new(channel.welcome.clone())));
+                        let Served::Lost(ended) = self.serve(channel).await else { return };
+                        if since.elapsed() >= GOOD {
+                            attempt = 0;
+                        }
+                        warn!(reason = %ended, "control channel is down");
+                        (ended.to_string(), None, Exit::Unreachable)
                     }
-                    let servers = channel.welcome.servers.clone();
-                    self.identity.take(Some(Update { certificate: vec![], servers }), None);
-                    self.state.send_replace(State::Connected(Arc::new(channel.welcome.clone())));
-                    let Served::Lost(ended) = self.serve(channel).await else { return };
-                    if since.elapsed() >= GOOD {
-                        attempt = 0;
+                    Err(error) => {
+                        // Said once; the attempts that follow are routine.
+                        if attempt == 0 {
+                            warn!(reason = %error, "no control channel");
+                        } else {
+                            debug!(reason = %error, attempt, "no control channel");
+                        }
+                        (error.to_string(), error.remedy(), error.exit())
                     }
-                    warn!(reason = %ended, "control channel is down");
-                    (ended.to_string(), Exit::Unreachable)
-                }
-                Err(error) => {
-                    // Said once; the attempts that follow are routine.
-                    if attempt == 0 {
-                        warn!(reason = %error, "no control channel");
-                    } else {
-                        debug!(reason = %error, attempt, "no control channel");
-                    }
-                    (error.to_string(), error.exit())
-                }
-            };
-            self.state.send_replace(State::Disconnected { reason, exit });
+                };
+            self.state.send_replace(State::Disconnected { reason, remedy, exit });
             if self.rest(backoff(attempt, rand::random())).await {
                 return;
             }

@@ -22,8 +22,12 @@ pub use wire::{Ended, Heartbeat, Incoming, Outgoing};
 use crate::dial::{self, DialError};
 use crate::exit::{Exit, Failure};
 use crate::identity::Identity;
+use crate::identity::verify::VerifyError;
 use crate::tls::{self, TlsError};
 
+/// What helps when something in between opens TLS.
+pub const INTERCEPTED: &str = "let its TLS through unopened: at a reverse proxy in front of the server by SNI passthrough, at a firewall \
+    that inspects TLS by an exception for the server's name";
 /// Path of the WebSocket.
 pub const PATH: &str = "/control";
 /// How long WebSocket handshake and `Welcome` may take, each.
@@ -177,6 +181,14 @@ pub enum ControlError {
         /// `HOST:PORT`.
         server: String,
     },
+    /// Something in between answers in the mediator's place.
+    #[error("{server}: {why}")]
+    Intercepted {
+        /// `HOST:PORT`.
+        server: String,
+        /// What gave it away.
+        why: String,
+    },
     /// The identity names no server.
     #[error("this device's identity names no server")]
     NoServer,
@@ -192,6 +204,10 @@ impl ControlError {
             DialError::Unreachable(error) => {
                 Self::Unreachable { server: server.to_owned(), why: error.to_string() }
             }
+            DialError::Foreign(why) => Self::Intercepted { server: server.to_owned(), why },
+            DialError::Verify(error @ VerifyError::Intercepted { .. }) => {
+                Self::Intercepted { server: server.to_owned(), why: error.to_string() }
+            }
             other => Self::Refused(other.to_string()),
         }
     }
@@ -200,7 +216,7 @@ impl ControlError {
 impl Failure for ControlError {
     fn exit(&self) -> Exit {
         match self {
-            Self::Unreachable { .. } | Self::NoWelcome { .. } => Exit::Unreachable,
+            Self::Unreachable { .. } | Self::NoWelcome { .. } | Self::Intercepted { .. } => Exit::Unreachable,
             Self::TimedOut { .. } => Exit::TimedOut,
             Self::Refused(_) => Exit::Refused,
             Self::NoServer => Exit::Usage,
@@ -214,6 +230,7 @@ impl Failure for ControlError {
                 "check that the mediator runs and that no firewall blocks the way".into()
             }
             Self::NoWelcome { .. } => "check name and port; is a proxy in between?".into(),
+            Self::Intercepted { .. } => INTERCEPTED.into(),
             Self::Refused(_) => "check this machine's clock; else enrol this device again".into(),
             Self::NoServer => "enrol this device again: adit enroll TOKEN --replace".into(),
             Self::Tls(_) => return None,

@@ -301,6 +301,14 @@ pub fn fingerprint(der: &[u8]) -> Result<[u8; 32], CertificateError> {
     Ok(hash.as_ref().try_into().expect("SHA-256 has 32 bytes"))
 }
 
+/// How a certificate (DER) names its issuer: common name, organisation, or nothing.
+pub fn issuer(der: &[u8]) -> String {
+    let Ok((_, certificate)) = X509Certificate::from_der(der) else { return "?".to_owned() };
+    let issuer = certificate.issuer();
+    let mut names = issuer.iter_common_name().chain(issuer.iter_organization());
+    names.next().and_then(|name| name.as_str().ok()).unwrap_or("?").chars().take(100).collect()
+}
+
 /// Whether a device may have this name: 1 to 63 of `[A-Za-z0-9._-]`.
 pub fn is_name(name: &str) -> bool {
     let allowed = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-');

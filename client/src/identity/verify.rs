@@ -16,7 +16,7 @@ use rustls::{
 use webpki::{EndEntityCert, KeyUsage};
 
 use super::Identity;
-use super::certificate::{Peer, fingerprint};
+use super::certificate::{Peer, fingerprint, issuer};
 use super::revocation::{Revocations, Revoked};
 
 /// How wrong a clock may be before a certificate counts as out of date.
@@ -95,7 +95,7 @@ pub fn verify_device(
 }
 
 /// Why a certificate was not accepted. Comes wrapped in a [`rustls::Error`]: see [`VerifyError::of`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum VerifyError {
     /// Not a device certificate of adit.
     #[error("the other end's certificate is no device certificate of adit")]
@@ -103,6 +103,14 @@ pub enum VerifyError {
     /// Not signed by our root.
     #[error("the other end's certificate is not from this organisation")]
     OtherOrganisation,
+    /// A server's certificate that is nothing of adit's: something in between answers in its place.
+    #[error(
+        "a certificate issued by {issuer:?} was shown in the place of the server's: something in between opens TLS"
+    )]
+    Intercepted {
+        /// Common name, or what else the certificate names its issuer.
+        issuer: String,
+    },
     /// Expired for more than a day.
     #[error("the other end's certificate has expired, or this machine's clock is wrong")]
     Expired,
@@ -128,7 +136,7 @@ impl VerifyError {
     pub fn of(error: &std::io::Error) -> Option<Self> {
         match error.get_ref()?.downcast_ref::<rustls::Error>()? {
             rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) => {
-                inner.downcast_ref().copied()
+                inner.downcast_ref().cloned()
             }
             _ => None,
         }
@@ -181,11 +189,30 @@ macro_rules! tls13_signatures {
         ) -> Result<HandshakeSignatureValid, rustls::Error> {
             verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
         }
+    };
+}
 
+/// Ours have Ed25519 keys only. But with others not even offered, a proxy in between would end the handshake
+/// without showing the certificate that gives it away.
+macro_rules! shows_any_certificate {
+    () => {
         fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-            vec![SignatureScheme::ED25519]
+            self.provider.signature_verification_algorithms.supported_schemes()
         }
     };
+}
+
+/// Whether it is not even a certificate of some organisation's adit.
+fn intercepted(error: VerifyError, certificate: &CertificateDer<'_>) -> VerifyError {
+    let foreign = Peer::from_certificate(certificate).is_err();
+    match error {
+        VerifyError::Malformed | VerifyError::OtherOrganisation | VerifyError::WrongFingerprint
+            if foreign =>
+        {
+            VerifyError::Intercepted { issuer: issuer(certificate) }
+        }
+        error => error,
+    }
 }
 
 impl ServerCertVerifier for DeviceVerifier {
@@ -197,11 +224,13 @@ impl ServerCertVerifier for DeviceVerifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        verify_device(&self.root, end_entity, &self.expected, &self.revoked.newest(), now)?;
+        verify_device(&self.root, end_entity, &self.expected, &self.revoked.newest(), now)
+            .map_err(|error| intercepted(error, end_entity))?;
         Ok(ServerCertVerified::assertion())
     }
 
     tls13_signatures!();
+    shows_any_certificate!();
 }
 
 impl ClientCertVerifier for DeviceVerifier {
@@ -217,6 +246,10 @@ impl ClientCertVerifier for DeviceVerifier {
     ) -> Result<ClientCertVerified, rustls::Error> {
         verify_device(&self.root, end_entity, &self.expected, &self.revoked.newest(), now)?;
         Ok(ClientCertVerified::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        vec![SignatureScheme::ED25519]
     }
 
     tls13_signatures!();
@@ -246,10 +279,10 @@ impl ServerCertVerifier for PinnedVerifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let root = intermediates.last().ok_or(VerifyError::WrongFingerprint)?;
-        if fingerprint(root) != Ok(self.fingerprint) {
-            return Err(VerifyError::WrongFingerprint.into());
+        if intermediates.last().is_none_or(|root| fingerprint(root) != Ok(self.fingerprint)) {
+            return Err(intercepted(VerifyError::WrongFingerprint, end_entity).into());
         }
+        let root = intermediates.last().ok_or(VerifyError::WrongFingerprint)?;
         let root = webpki::anchor_from_trusted_cert(root).map_err(|_| VerifyError::Malformed)?;
         let mediator = Expected::role(Role::Mediator);
         verify_device(&root, end_entity, &mediator, &Revocations::default(), now)?;
@@ -257,6 +290,7 @@ impl ServerCertVerifier for PinnedVerifier {
     }
 
     tls13_signatures!();
+    shows_any_certificate!();
 }
 
 #[cfg(test)]
