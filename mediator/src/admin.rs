@@ -16,6 +16,7 @@ use tokio::time::{sleep, timeout};
 use tracing::warn;
 
 use crate::broker::{Broker, Effect};
+use crate::error::Error;
 
 const SOCKET: &str = "admin.sock";
 /// Longest request, in bytes.
@@ -130,12 +131,12 @@ impl Server {
         Ok(Self { listener, path })
     }
 
-    /// Answers, one after the other, until dropped.
-    pub async fn serve(self, broker: Arc<Broker>) {
+    /// Answers, one after the other, until dropped. `apply` lets new settings take effect.
+    pub async fn serve(self, broker: Arc<Broker>, apply: impl Fn() -> Result<(), Error> + Sync) {
         loop {
             match self.listener.accept().await {
                 Ok((socket, _)) => {
-                    if let Err(error) = serve_one(socket, &broker).await {
+                    if let Err(error) = serve_one(socket, &broker, &apply).await {
                         warn!(%error, "a command of the operator was not answered");
                     }
                 }
@@ -151,23 +152,36 @@ impl Drop for Server {
     }
 }
 
-async fn serve_one(socket: UnixStream, broker: &Broker) -> io::Result<()> {
+async fn serve_one(
+    socket: UnixStream,
+    broker: &Broker,
+    apply: &(impl Fn() -> Result<(), Error> + Sync),
+) -> io::Result<()> {
     let (reader, mut writer) = socket.into_split();
     let mut line = String::new();
     timeout(ARRIVE, BufReader::new(reader.take(MAX_REQUEST)).read_line(&mut line)).await??;
     let answer = match serde_json::from_str(&line) {
-        Ok(request) => answer(request, broker).await,
+        Ok(request) => answer(request, broker, apply).await,
         Err(error) => Answer::Failed { why: format!("this mediator does not know that request: {error}") },
     };
     timeout(ARRIVE, writer.write_all(&serde_json::to_vec(&answer)?)).await?
 }
 
-async fn answer(request: Request, broker: &Broker) -> Answer {
+async fn answer(
+    request: Request,
+    broker: &Broker,
+    apply: &(impl Fn() -> Result<(), Error> + Sync),
+) -> Answer {
     match request {
-        Request::Reload => match broker.reload().await {
-            Ok(effect) => Answer::Reloaded(effect),
-            Err(error) => Answer::Failed { why: error.to_string() },
-        },
+        Request::Reload => {
+            if let Err(error) = apply() {
+                return Answer::Failed { why: error.to_string() };
+            }
+            match broker.reload().await {
+                Ok(effect) => Answer::Reloaded(effect),
+                Err(error) => Answer::Failed { why: error.to_string() },
+            }
+        }
         Request::Presence => {
             let present = |channel: crate::presence::Channel| Present {
                 device: channel.device.id,

@@ -34,6 +34,8 @@ const CLONED: &str = "another machine is online with this same identity (a copie
 /// What every device is told in its welcome.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Greeting {
+    /// Names and addresses of this server.
+    pub hosts: Vec<String>,
     /// Where the control channel is reached, `HOST:PORT` each.
     pub servers: Vec<String>,
     /// STUN and handshake servers, `HOST:PORT` each.

@@ -60,6 +60,14 @@ pub enum Error {
         /// Those that it has.
         has: Vec<String>,
     },
+    /// No such host.
+    #[error("this server is not reached by {host:?}{}", there_are(hosts))]
+    NoHost {
+        /// What was named.
+        host: String,
+        /// Those that it has.
+        hosts: Vec<String>,
+    },
     /// The enrolment key would be needed.
     #[error("the enrolment key is offline, and {0}")]
     KeyOffline(&'static str),
@@ -131,6 +139,9 @@ pub enum Error {
     /// A certificate could not be made.
     #[error(transparent)]
     Certificate(#[from] CertificateError),
+    /// The certificate for browsers.
+    #[error(transparent)]
+    Https(#[from] crate::https::HttpsError),
     /// TLS could not be set up.
     #[error(transparent)]
     Tls(#[from] TlsError),
@@ -173,6 +184,7 @@ impl Failure for Error {
             Self::NameTaken { .. } => "choose another, or revoke or rename that device first".into(),
             Self::NoDevice { .. } => "list them all with adit-mediator devices".into(),
             Self::Ambiguous(_) => "add --role, or give the device's id (adit-mediator devices --json)".into(),
+            Self::NoHost { .. } => "list them with adit-mediator hosts".into(),
             Self::NoGrant { .. } => "list them with adit-mediator grants".into(),
             Self::KeyOffline(_) => {
                 "put root-key.pem back into the directory, and take it away again afterwards".into()
@@ -185,6 +197,7 @@ impl Failure for Error {
             Self::Ttl(_) => "for example --ttl 90s, 30m, 1h or 7d".into(),
             Self::TokenRole(_) => "choose agent, technician or relay".into(),
             Self::Config { .. } => "correct that line; init wrote every setting with its default".into(),
+            Self::Https(_) => "correct [https] cert and key, or leave both out".into(),
             Self::File(_) | Self::Key { .. } => "restore that file from your backup of the directory".into(),
             Self::Listen { setting, config, error, .. } => {
                 let why = match error.kind() {

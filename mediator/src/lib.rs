@@ -9,6 +9,7 @@
 //! | [`token`], [`enrolment`] | how devices get their identity |
 //! | [`store`], [`directory`] | what must last, and who is enrolled and may do what |
 //! | [`server`] | what listens where |
+//! | [`https`], [`browsers`] | the certificate that browsers see, and what they get |
 //! | [`channel`], [`presence`] | control channels, and who is there |
 //! | [`broker`], [`sessions`] | requests for sessions, and the sessions that live |
 //! | [`relays`] | relays and tickets for them |
@@ -18,6 +19,7 @@
 pub mod admin;
 pub mod audit;
 pub mod broker;
+pub mod browsers;
 pub mod channel;
 pub mod cli;
 pub mod config;
@@ -25,6 +27,7 @@ pub mod demo;
 pub mod directory;
 pub mod enrolment;
 pub mod error;
+pub mod https;
 pub mod metrics;
 pub mod operator;
 pub mod organisation;

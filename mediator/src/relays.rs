@@ -80,6 +80,15 @@ impl Relays {
         news
     }
 
+    /// A relay is reached at other addresses; says whether that is news.
+    pub fn moved(&self, id: DeviceId, addresses: Vec<String>) -> bool {
+        let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(relay) = list.iter_mut().find(|relay| relay.id == id) else { return false };
+        let news = relay.addresses != addresses;
+        relay.addresses = addresses;
+        news
+    }
+
     /// Removes the relay that came by this channel.
     pub fn down(&self, channel: ChannelId) {
         let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);

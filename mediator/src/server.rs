@@ -2,14 +2,14 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use adit_client::dial::tune;
 use adit_client::identity::Peer;
 use adit_client::tls;
-use adit_protocol::{ALPN_CONTROL, ALPN_ENROL};
+use adit_protocol::{ALPN_CONTROL, ALPN_ENROL, DeviceId};
 use adit_relay::diagnostics::{self, Readiness};
 use prometheus_client::registry::Registry;
 use rustls::ServerConfig;
@@ -25,10 +25,12 @@ use tracing::{debug, error, info};
 use crate::admin;
 use crate::audit::Audit;
 use crate::broker::Broker;
+use crate::browsers::{self, ALPN_HTTP};
 use crate::channel::{self, Greeting};
 use crate::config::{self, Config};
 use crate::enrolment::Enroller;
 use crate::error::Error;
+use crate::https::{Certificates, Files};
 use crate::metrics;
 use crate::organisation::{AUDIT, DATABASE, Organisation};
 use crate::relays::Relay;
@@ -57,11 +59,24 @@ pub struct Mediator {
     registry: Registry,
     relay: Option<(Arc<adit_relay::Relay>, TcpListener)>,
     admin: admin::Server,
+    certificates: Arc<Certificates>,
+    settings: Settings,
+}
+
+/// Settings that take effect while the server runs.
+struct Settings {
+    /// As it was started: ports do not change.
+    started: Config,
+    dir: PathBuf,
+    ticket_key: [u8; 32],
+    relay: Option<DeviceId>,
+    certificates: Arc<Certificates>,
 }
 
 /// What is behind port 443, by ALPN.
 struct Doors {
     control: Arc<ServerConfig>,
+    browsers: Arc<ServerConfig>,
     enrol: Arc<ServerConfig>,
     broker: Arc<Broker>,
     enroller: Enroller,
@@ -108,8 +123,15 @@ impl Mediator {
         } else {
             None
         };
+        let certificates = match (&config.https.cert, &config.https.key) {
+            (Some(certificate), Some(key)) => {
+                Certificates::open(Files { certificate: certificate.clone(), key: key.clone() })?
+            }
+            _ => Certificates::own(dir, &config.hosts)?,
+        };
         let doors = Arc::new(Doors {
             control: Arc::new(tls::control_server(identity)?),
+            browsers: Arc::new(browsers::config(certificates.clone()).map_err(tls::TlsError::from)?),
             enrol: Arc::new(tls::enrol_server(identity)?),
             broker: broker.clone(),
             enroller: Enroller { broker: broker.clone() },
@@ -122,7 +144,14 @@ impl Mediator {
             diagnostics = %config.listen.diagnostics,
             "ready"
         );
-        Ok(Self { broker, doors, https, udp, diagnostics, registry, relay, admin })
+        let settings = Settings {
+            started: config.clone(),
+            dir: dir.clone(),
+            ticket_key: ticket_key.public_key(),
+            relay: relay.as_ref().map(|_| *relay_id),
+            certificates: certificates.clone(),
+        };
+        Ok(Self { broker, doors, https, udp, diagnostics, registry, relay, admin, certificates, settings })
     }
 
     /// The broker, for what else runs in this process.
@@ -161,8 +190,15 @@ impl Mediator {
             Ok(())
         });
         let (admin, broker) = (self.admin, self.broker.clone());
+        let settings = self.settings;
+        let applied = broker.clone();
         tasks.spawn(async move {
-            admin.serve(broker).await;
+            admin.serve(broker, || settings.apply(&applied)).await;
+            Ok(())
+        });
+        let (certificates, broker) = (self.certificates, self.broker.clone());
+        tasks.spawn(async move {
+            certificates.watch(|| broker.hosts()).await;
             Ok(())
         });
         tasks.spawn(accept_all(self.https, self.doors));
@@ -184,6 +220,20 @@ impl Mediator {
         self.broker.flush().await;
         self.broker.store.close().await;
         outcome
+    }
+}
+
+impl Settings {
+    /// Reads the configuration again. Hosts count at once; everything else at the next start.
+    fn apply(&self, broker: &Broker) -> Result<(), Error> {
+        let hosts = Config::load(&self.dir)?.hosts;
+        let config = Config { hosts, ..self.started.clone() };
+        self.certificates.refresh(&config.hosts);
+        if let Some(relay) = self.relay {
+            broker.relay_moved(relay, config.reached_at(config.listen.relay));
+        }
+        broker.set_greeting(greeting(&config, self.ticket_key));
+        Ok(())
     }
 }
 
@@ -251,6 +301,8 @@ impl Doors {
         if offers(ALPN_ENROL) {
             let mut stream = hello.into_stream(self.enrol.clone()).await?;
             self.enroller.serve(&mut stream, from).await?;
+        } else if offers(ALPN_HTTP) || hello.client_hello().alpn().is_none() {
+            browsers::serve(hello, self.browsers.clone()).await?;
         }
         Ok(None)
     }
@@ -276,6 +328,7 @@ async fn linger(mut stream: TcpStream) {
 
 fn greeting(config: &Config, ticket_key: [u8; 32]) -> Greeting {
     Greeting {
+        hosts: config.hosts.clone(),
         servers: config.reached_at(config.listen.https),
         stun: config.reached_at(config.listen.udp),
         p2p_ports: config.p2p.ports.clone(),

@@ -312,6 +312,11 @@ impl Sessions {
         lost.iter().filter_map(|id| self.live.remove(id)).collect()
     }
 
+    /// All sessions.
+    pub fn ids(&self) -> Vec<SessionId> {
+        self.live.keys().copied().collect()
+    }
+
     /// How many sessions there are.
     pub fn len(&self) -> usize {
         self.live.len()

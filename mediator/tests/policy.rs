@@ -269,6 +269,72 @@ async fn a_name_that_is_taken_is_refused_and_a_machine_installed_anew_takes_it_b
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn devices_learn_a_new_address_over_the_old_one() {
+    let server = Server::start().await;
+    server.device(Role::Agent, "desk", &["site=a"]).await;
+    let technician = server.device(Role::Technician, "anna", &["site=a"]).await;
+    let live = Live::load(&server.device_dir("desk")).expect("loads");
+    let (mut anna, mut agent) = (dial(&technician).await, dial(&live.get()).await);
+    open(&mut anna, &mut agent, "desk").await;
+    assert_eq!(done(&server, "hosts").lines().collect::<Vec<_>>(), ["127.0.0.1"]);
+    done(&server, "hosts add localhost");
+    let mut told = 0;
+    while told < 2 {
+        match recv(&mut agent).await {
+            Down::Update(update) => {
+                live.update(update).expect("is ours");
+                told += 1;
+            }
+            // The session's relay moved, too.
+            Down::Tickets(tickets) => {
+                assert!(tickets.relays[0].addresses.iter().any(|address| address.starts_with("localhost:")));
+                told += 1;
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    let (code, _, stderr) = operator(&server, "hosts remove 192.0.2.1");
+    assert_eq!(code, 2);
+    assert!(stderr.contains("there are: 127.0.0.1, localhost"), "{stderr}");
+    done(&server, "hosts remove 127.0.0.1");
+    let (code, ..) = operator(&server, "hosts remove localhost");
+    assert_eq!(code, 2, "one has to stay");
+    let again = Live::load(&server.device_dir("desk")).expect("loads").get();
+    assert_eq!(again.servers.len(), 2);
+    assert!(again.servers[1].starts_with("localhost:"), "{:?}", again.servers);
+    // Who comes by the old address is told in the welcome.
+    let channel = dial(&again).await;
+    assert_eq!(channel.welcome.servers, again.servers[1..]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_browser_sees_a_certificate_for_the_hosts_and_is_asked_for_none() {
+    let server = Server::start().await;
+    let desk = server.device(Role::Agent, "desk", &[]).await;
+    let mut roots = rustls::RootCertStore::empty();
+    let pem = std::fs::read(server.dir.path().join("web-root.pem")).expect("reads");
+    use rustls::pki_types::pem::PemObject;
+    roots
+        .add(rustls::pki_types::CertificateDer::from_pem_slice(&pem).expect("a certificate"))
+        .expect("a root");
+    let mut config = rustls::ClientConfig::builder_with_provider(adit_client::tls::provider())
+        .with_safe_default_protocol_versions()
+        .expect("versions")
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    let connector = tokio_rustls::TlsConnector::from(std::sync::Arc::new(config));
+    let stream = tokio::net::TcpStream::connect(&desk.servers[0]).await.expect("connects");
+    let name = rustls::pki_types::ServerName::try_from("127.0.0.1").expect("a name");
+    let mut stream = connector.connect(name, stream).await.expect("trusted, for this very address");
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    stream.write_all(b"GET /control HTTP/1.1\r\nHost: x\r\n\r\n").await.expect("writes");
+    let mut answer = String::new();
+    timeout(PATIENCE, stream.read_to_string(&mut answer)).await.expect("in time").unwrap_or_default();
+    assert!(answer.starts_with("HTTP/1.1 404 "), "{answer}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn devices_tells_what_there_is_to_know() {
     let server = Server::start().await;
     let desk = server.device(Role::Agent, "desk", &["site=a"]).await;

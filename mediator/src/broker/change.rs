@@ -132,6 +132,11 @@ impl Broker {
         self.greeting.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Names and addresses by which this server is reached.
+    pub fn hosts(&self) -> Vec<String> {
+        self.greeting().hosts.clone()
+    }
+
     /// Tells everybody who is there where the control channel is from now on, if that has changed.
     pub fn set_greeting(&self, greeting: Greeting) {
         let servers = greeting.servers.clone();

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use adit_protocol::control::{Answer, Candidates, Closed, Down, LiveSession, Tickets, Tier};
-use adit_protocol::{Role, SessionId};
+use adit_protocol::{DeviceId, Role, SessionId};
 use tracing::{info, warn};
 
 use super::{Broker, closed, epochs, record, shorten, tell};
@@ -130,6 +130,14 @@ impl Broker {
         info!(relay = %relay.id, epoch = relay.epoch, "relay is up");
         if self.relays.up(relay) {
             self.push_stale().await;
+        }
+    }
+
+    /// The relay in this process is reached at these addresses from now on.
+    pub fn relay_moved(&self, id: DeviceId, addresses: Vec<String>) {
+        if self.relays.moved(id, addresses) {
+            let sessions = self.sessions().ids();
+            sessions.into_iter().for_each(|session| self.push_tickets(session));
         }
     }
 

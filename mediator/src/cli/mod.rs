@@ -1,6 +1,7 @@
 //! The command line of `adit-mediator`.
 
 mod devices;
+mod hosts;
 mod policy;
 mod table;
 
@@ -11,7 +12,7 @@ use adit_client::exit::Failure;
 use adit_protocol::Role;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::config::parse_hosts;
+use crate::config::{Https, parse_hosts};
 use crate::demo::{self, Demo};
 use crate::error::Error;
 use crate::operator::become_owner;
@@ -69,6 +70,9 @@ pub enum Command {
     /// List which technician reaches which agents.
     #[command(after_help = "Example: adit-mediator grants annas-laptop")]
     Grants(policy::Grants),
+    /// List or change the names and addresses by which devices reach this server.
+    #[command(after_help = "Example: adit-mediator hosts add adit2.example.org")]
+    Hosts(hosts::Hosts),
     /// Everything on this machine with throwaway keys: server, agent, technician and a tunnel.
     #[command(after_help = "Example: adit-mediator demo --target 127.0.0.1:22")]
     Demo(Demo),
@@ -99,6 +103,12 @@ pub struct Run {
     /// Whether to run an embedded relay.
     #[arg(long, value_name = "on|off", default_value = "on", env = "ADIT_RELAY")]
     relay: Switch,
+    /// The certificate that browsers see, a chain in PEM. Goes before `[https] cert`.
+    #[arg(long, value_name = "FILE", env = "ADIT_CERT", requires = "key")]
+    cert: Option<PathBuf>,
+    /// Its key in PEM.
+    #[arg(long, value_name = "FILE", env = "ADIT_KEY", requires = "cert")]
+    key: Option<PathBuf>,
 }
 
 /// Arguments of `token`.
@@ -131,7 +141,13 @@ pub struct Token {
 #[derive(Debug, Args)]
 struct Data {
     /// State directory.
-    #[arg(long = "data", value_name = "DIR", env = "ADIT_DATA", default_value = "/var/lib/adit-mediator")]
+    #[arg(
+        long = "data",
+        value_name = "DIR",
+        env = "ADIT_DATA",
+        default_value = "/var/lib/adit-mediator",
+        global = true
+    )]
     dir: PathBuf,
 }
 
@@ -168,6 +184,7 @@ pub async fn run(cli: Cli) -> Result<(), Box<dyn Failure>> {
         Command::Allow(arguments) => arguments.run().await,
         Command::Deny(arguments) => arguments.run().await,
         Command::Grants(arguments) => arguments.run().await,
+        Command::Hosts(arguments) => arguments.run().await,
         Command::Demo(arguments) => {
             return demo::run(arguments).await.map_err(|error| Box::new(error) as Box<dyn Failure>);
         }
@@ -191,7 +208,10 @@ fn init(arguments: &Init) -> Result<(), Error> {
 
 async fn serve(arguments: &Run) -> Result<(), Error> {
     let stop = stop_signal();
-    let organisation = Organisation::load(&arguments.data.dir)?;
+    let mut organisation = Organisation::load(&arguments.data.dir)?;
+    if let (Some(cert), Some(key)) = (arguments.cert.clone(), arguments.key.clone()) {
+        organisation.config.https = Https { cert: Some(cert), key: Some(key) };
+    }
     let mediator = Mediator::bind(organisation, arguments.relay == Switch::On).await?;
     mediator.run(stop).await
 }
