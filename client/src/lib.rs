@@ -15,6 +15,7 @@ pub mod forward;
 pub mod hub;
 pub mod identity;
 pub mod leg;
+pub mod log;
 pub mod probe;
 pub mod session;
 pub mod status;
