@@ -14,6 +14,7 @@ pub mod forward;
 pub mod hub;
 pub mod identity;
 pub mod leg;
+pub mod service;
 pub mod session;
 pub mod status;
 pub mod stdio;

@@ -3,7 +3,7 @@
 //!
 //! | module | what it does |
 //! | --- | --- |
-//! | [`cli`] | the command line |
+//! | [`cli`], `install` | the command line; the mediator as a service |
 //! | [`organisation`], [`config`] | the directory that `init` makes |
 //! | [`token`], [`enrolment`] | how devices get their identity |
 //! | [`store`] | what must last: devices and tokens |
@@ -22,6 +22,8 @@ pub mod config;
 pub mod demo;
 pub mod enrolment;
 pub mod error;
+#[cfg(target_os = "linux")]
+pub mod install;
 pub mod metrics;
 pub mod organisation;
 pub mod presence;

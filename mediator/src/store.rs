@@ -1,8 +1,10 @@
 //! State that must last: devices and enrolment tokens, in SQLite.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use adit_client::identity::store::hand_over;
 use adit_protocol::{DeviceId, Role};
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteRow, SqliteSynchronous,
@@ -114,9 +116,14 @@ impl Store {
     /// [`Error::Database`].
     pub async fn open(path: &Path) -> Result<Self, Error> {
         let failed = |error| Error::Database { path: PathBuf::from(path), error };
+        // Made here, because SQLite gives its other files to the owner of this one.
+        if !path.exists() {
+            File::create_new(path)
+                .and_then(|_| hand_over(path))
+                .map_err(|error| failed(sqlx::Error::Io(error)))?;
+        }
         let options = SqliteConnectOptions::new()
             .filename(path)
-            .create_if_missing(true)
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Full)
             .busy_timeout(BUSY);

@@ -13,6 +13,7 @@ use super::{Failed, signals};
 use crate::agent::{self, AgentEvent};
 use crate::allow::{AllowList, Entry};
 use crate::events::{Event, Events};
+use crate::service;
 use crate::session::SessionEvent;
 use crate::status::{self, SessionInfo};
 
@@ -55,6 +56,7 @@ impl Agent {
         let shown = sessions.clone();
         let _status = status::serve(&dir, process, move || shown.all());
 
+        service::ready();
         let (sender, mut receiver) = mpsc::channel(EVENTS);
         let telling = async move {
             while let Some(event) = receiver.recv().await {
