@@ -126,7 +126,7 @@ fn drop_in(service: &Service, setup: &Setup) -> Option<String> {
         command.join(" ")
     );
     if !own {
-        text += &format!("ReadWritePaths={}\n", quoted(&setup.dir.display().to_string()));
+        text += &format!("StateDirectory=\nReadWritePaths={}\n", quoted(&setup.dir.display().to_string()));
     }
     Some(text)
 }
@@ -224,7 +224,7 @@ mod tests {
         let drop_in = steps.iter().find(|step| step.contains("50-install.conf")).expect("a drop-in");
         let wanted = "ExecStart=\"/opt/adit/100%%/adit-relay\" run --data \"/srv/my relay\" --listen-udp \"[::]:8003\"";
         assert!(drop_in.contains(wanted) && drop_in.contains("ExecStart=\n"), "{drop_in}");
-        assert!(drop_in.contains("ReadWritePaths=\"/srv/my relay\""), "{drop_in}");
+        assert!(drop_in.contains("StateDirectory=\n    ReadWritePaths=\"/srv/my relay\""), "{drop_in}");
         let found = Found { drop_in: Some("x".into()), ..Found::default() };
         let steps = texts(&install(&SERVICE, &setup(), &found));
         assert!(steps.contains(&"rm -rf /etc/systemd/system/adit-relay.service.d/50-install.conf".to_owned()), "{steps:?}");

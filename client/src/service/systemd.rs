@@ -230,9 +230,12 @@ fn take(step: &Step) -> Result<(), ServiceError> {
     match step {
         Step::Run(command, input) => run(command, *input).map(drop),
         Step::Write(path, text) => {
-            let dir = path.parent().unwrap_or(path);
-            fs::create_dir_all(dir).and_then(|()| fs::write(path, text))?;
-            Ok(())
+            fs::create_dir_all(path.parent().unwrap_or(path))?;
+            // A package that was removed leaves its unit masked, as a link to /dev/null.
+            if path.is_symlink() {
+                fs::remove_file(path)?;
+            }
+            Ok(fs::write(path, text)?)
         }
         Step::Remove(path) => {
             let removed = match fs::symlink_metadata(path) {
