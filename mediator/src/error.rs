@@ -100,7 +100,9 @@ impl Failure for Error {
             Self::NoOrganisation(dir) => {
                 format!("make one first: adit-mediator init --data {} --host NAME", dir.display())
             }
-            Self::NoHost(_) => "name it as devices reach it: adit-mediator install --host adit.example.org".into(),
+            Self::NoHost(_) => {
+                "name it as devices reach it: adit-mediator install --host adit.example.org".into()
+            }
             Self::HalfMade(_) => "run the same adit-mediator init again".into(),
             Self::Host(_) => "for example --host adit.example.org,203.0.113.7".into(),
             Self::Tag(_) => {

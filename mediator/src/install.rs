@@ -56,7 +56,8 @@ impl Install {
     pub fn run(&self) -> Result<(), Box<dyn Failure>> {
         let dir = &self.data.dir;
         let without_relay = (self.relay == Switch::Off).then(|| ["--relay", "off"].map(str::to_owned));
-        let setup = Setup::of_this_program(dir, without_relay.into_iter().flatten().collect()).map_err(boxed)?;
+        let setup =
+            Setup::of_this_program(dir, without_relay.into_iter().flatten().collect()).map_err(boxed)?;
         if self.dry_run {
             if !Organisation::is_in(dir) {
                 println!("adit-mediator init --data {} --host {}", dir.display(), self.hosts.join(","));
@@ -70,7 +71,8 @@ impl Install {
             return Err(boxed(Error::NoHost(dir.clone())));
         }
         let hosts = parse_hosts(&self.hosts);
-        let listen = if new { Listen::default() } else { Organisation::load(dir).map_err(boxed)?.config.listen };
+        let listen =
+            if new { Listen::default() } else { Organisation::load(dir).map_err(boxed)?.config.listen };
         if !systemd::is_running(&SERVICE) {
             drop(Sockets::bind(dir, &listen, self.relay == Switch::On).map_err(boxed)?);
         }

@@ -45,7 +45,8 @@ fn the_units_start_what_the_programs_understand() {
 fn the_sample_configurations_are_read() {
     let dir = tempfile::tempdir().expect("tempdir");
     let take = |file: &str| {
-        fs::copy(deploy(file), dir.path().join("config.toml")).unwrap_or_else(|error| panic!("{file}: {error}"));
+        fs::copy(deploy(file), dir.path().join("config.toml"))
+            .unwrap_or_else(|error| panic!("{file}: {error}"));
     };
     take("examples/mediator.toml");
     let mediator = Config::load(dir.path()).expect("reads");
@@ -100,15 +101,20 @@ fn the_image_has_the_programs_that_this_workspace_makes() {
     let command: Vec<String> = serde_json::from_str(command).expect("a list");
     understands(&command.iter().map(String::as_str).collect::<Vec<_>>());
     let copied = text.lines().find(|line| line.contains("install --strip")).expect("programs");
-    let programs: Vec<&str> = copied.split(' ').filter_map(|word| word.strip_prefix("target/release/")).collect();
+    let programs: Vec<&str> =
+        copied.split(' ').filter_map(|word| word.strip_prefix("target/release/")).collect();
     assert_eq!(programs, ["adit", "adit-relay", "adit-mediator"]);
     for crate_ in ["client", "relay", "mediator"] {
         let manifest = fs::read_to_string(deploy("..").join(crate_).join("Cargo.toml")).expect("reads");
         assert!(programs.iter().any(|program| manifest.contains(&format!("name = \"{program}\"\npath"))));
         // The packages have the same program, unit and user.
         let unit = if crate_ == "client" { "adit-agent".to_owned() } else { format!("adit-{crate_}") };
-        for needed in [format!("../deploy/systemd/{unit}.service"), format!("../deploy/sysusers/{unit}.conf")] {
-            assert!(manifest.contains(&needed) && deploy("..").join(crate_).join(&needed).is_file(), "{needed}");
+        for needed in [format!("../deploy/systemd/{unit}.service"), format!("../deploy/sysusers/{unit}.conf")]
+        {
+            assert!(
+                manifest.contains(&needed) && deploy("..").join(crate_).join(&needed).is_file(),
+                "{needed}"
+            );
         }
     }
 }

@@ -56,7 +56,8 @@ fn row_23_packages_and_services_without_root() -> anyhow::Result<()> {
 
     refusals(&machine)?;
     machine.ok("adit-mediator install --host 127.0.0.1")?;
-    let again = machine.ok("adit-mediator install --host 127.0.0.1; systemctl show -P NRestarts adit-mediator")?;
+    let again =
+        machine.ok("adit-mediator install --host 127.0.0.1; systemctl show -P NRestarts adit-mediator")?;
     ensure!(again.ends_with("\n0\n"), "{again}");
     relay_and_agent(&machine)?;
     steps.done("set up the three services");
@@ -122,7 +123,8 @@ fn without_a_package_install_does_the_same() -> anyhow::Result<()> {
     machine.ok("/opt/adit/adit enroll - --data /var/lib/adit-agent --name served </run/token")?;
     machine.ok("/opt/adit/adit service install && /opt/adit/adit service status")?;
     machine.wait("journalctl -u adit-agent -o cat | grep -i online", PATIENCE)?;
-    let owners = machine.ok("find /srv/mediator /var/lib/adit-agent ! -user adit-mediator ! -user adit-agent")?;
+    let owners =
+        machine.ok("find /srv/mediator /var/lib/adit-agent ! -user adit-mediator ! -user adit-agent")?;
     ensure!(owners.is_empty(), "not the services' own: {owners}");
 
     // A new program in the place of the old one is started by `install`; else nothing is.
@@ -167,10 +169,8 @@ fn build(dir: &Path, options: &[&str]) -> anyhow::Result<()> {
 
 /// An address beside loopback, for direct paths, and something to connect to.
 fn network_and_echo(machine: &Machine) -> anyhow::Result<()> {
-    machine.ok(
-        "ip link add lan0 type veth peer name lan1 && ip address add 192.0.2.1/24 dev lan0 && \
-         ip link set lan0 up && ip link set lan1 up",
-    )?;
+    machine.ok("ip link add lan0 type veth peer name lan1 && ip address add 192.0.2.1/24 dev lan0 && \
+         ip link set lan0 up && ip link set lan1 up")?;
     machine.ok(&format!(
         "systemd-run --quiet --unit echo systemd-socket-activate --accept --inetd --listen {ECHO} cat"
     ))?;
@@ -253,7 +253,8 @@ fn relay_and_agent(machine: &Machine) -> anyhow::Result<()> {
     ))?;
     // Beside the mediator's own relay on one machine it needs ports of its own.
     let taken = machine.sh("adit-relay install")?;
-    let named = taken.stderr.contains("adit-mediator (process") && taken.stderr.contains("[listen] relay in /var/lib");
+    let named = taken.stderr.contains("adit-mediator (process")
+        && taken.stderr.contains("[listen] relay in /var/lib");
     ensure!(taken.code == 2 && named, "{taken:?}");
     machine.ok("printf '[listen]\\nrelay = \"[::]:8003\"\\nudp = \"[::]:8003\"\\n' >>/run/l; \
                 sed -i '/^\\[listen\\]/d' /var/lib/adit-relay/config.toml; \
@@ -292,7 +293,8 @@ fn sandbox(machine: &Machine, unit: &str) -> anyhow::Result<()> {
     ))?;
     let paths: Vec<&str> = writable.lines().collect();
     println!("         {unit}: uid {uid}, capabilities {capability:x}, writable: {}", paths.join(" "));
-    let expected = |path: &&str| path.starts_with("/dev/") || path.starts_with("/tmp") || path.starts_with("/var/tmp");
+    let expected =
+        |path: &&str| path.starts_with("/dev/") || path.starts_with("/tmp") || path.starts_with("/var/tmp");
     let others: Vec<&&str> = paths.iter().filter(|path| !expected(path)).collect();
     ensure!(others.is_empty(), "{unit} may write: {others:?}");
     ensure!(!paths.is_empty(), "{unit}: find looked at nothing");
@@ -363,7 +365,9 @@ fn upgrade(machine: &Machine, steps: &Steps) -> anyhow::Result<()> {
     let pid = |unit: &str| machine.ok(&format!("systemctl show -P MainPID {unit}"));
     let mut session = talk(machine, "another", "relay")?;
     echo(&mut session, "before")?;
-    for (package, unit) in [("adit-mediator", "adit-mediator"), ("adit-relay", "adit-relay"), ("adit", "adit-agent")] {
+    for (package, unit) in
+        [("adit-mediator", "adit-mediator"), ("adit-relay", "adit-relay"), ("adit", "adit-agent")]
+    {
         let old = pid(unit)?;
         machine.ok(&format!("dpkg --install {OWN}/new/{package}_*.deb"))?;
         machine.wait(&format!("systemctl is-active {unit}"), PATIENCE)?;

@@ -70,7 +70,9 @@ impl Service {
             Action::Status { json } => {
                 let status = systemd::status(&AGENT, &setup)?;
                 if json {
-                    print_line(&serde_json::to_string(&status).map_err(|error| CliError::Runtime(error.into()))?);
+                    print_line(
+                        &serde_json::to_string(&status).map_err(|error| CliError::Runtime(error.into()))?,
+                    );
                 } else {
                     print_line(&in_words(&status));
                 }

@@ -191,16 +191,16 @@ mod tests {
 
     #[test]
     fn the_second_time_nothing_is_written_and_nothing_restarted() {
-        let found = Found {
-            unit: Some(SERVICE.unit.into()),
-            running: Some(SERVICE.program()),
-            ..Found::default()
-        };
+        let found =
+            Found { unit: Some(SERVICE.unit.into()), running: Some(SERVICE.program()), ..Found::default() };
         let steps = texts(&install(&SERVICE, &setup(), &found));
         assert!(!steps.iter().any(|step| step.starts_with("write") || step.contains("restart")), "{steps:?}");
         // A new program in the old one's place: what runs is called "... (deleted)" by the kernel.
         let old = Found { running: Some("/usr/bin/adit-relay (deleted)".into()), ..found };
-        assert_eq!(texts(&install(&SERVICE, &setup(), &old)).last().expect("a step"), "systemctl restart adit-relay");
+        assert_eq!(
+            texts(&install(&SERVICE, &setup(), &old)).last().expect("a step"),
+            "systemctl restart adit-relay"
+        );
     }
 
     #[test]
@@ -227,7 +227,10 @@ mod tests {
         assert!(drop_in.contains("StateDirectory=\n    ReadWritePaths=\"/srv/my relay\""), "{drop_in}");
         let found = Found { drop_in: Some("x".into()), ..Found::default() };
         let steps = texts(&install(&SERVICE, &setup(), &found));
-        assert!(steps.contains(&"rm -rf /etc/systemd/system/adit-relay.service.d/50-install.conf".to_owned()), "{steps:?}");
+        assert!(
+            steps.contains(&"rm -rf /etc/systemd/system/adit-relay.service.d/50-install.conf".to_owned()),
+            "{steps:?}"
+        );
     }
 
     #[test]

@@ -287,8 +287,8 @@ fn property<'a>(shown: &'a str, key: &str) -> Option<&'a str> {
 }
 
 fn journal(service: &Service) -> String {
-    let command =
-        ["journalctl", "--no-pager", "--output", "cat", "--lines", LINES, "--unit", service.name].map(str::to_owned);
+    let command = ["journalctl", "--no-pager", "--output", "cat", "--lines", LINES, "--unit", service.name]
+        .map(str::to_owned);
     run(&command, None).unwrap_or_else(|error| error.to_string())
 }
 
@@ -402,7 +402,10 @@ impl Failure for ServiceError {
             }
             Self::Hidden { what: "program", path } => {
                 let name = path.file_name().unwrap_or_default().display();
-                format!("sudo install {} /usr/local/bin/, and start /usr/local/bin/{name} instead", path.display())
+                format!(
+                    "sudo install {} /usr/local/bin/, and start /usr/local/bin/{name} instead",
+                    path.display()
+                )
             }
             Self::Hidden { .. } => "move it to /var/lib, for example, and name it with --data".to_owned(),
             Self::NotStarted { name, .. } => format!(
@@ -458,7 +461,8 @@ mod tests {
 
     #[test]
     fn errors_say_what_to_do() {
-        let error = ServiceError::NotBooted { name: "adit-agent", command: "/usr/bin/adit agent --data /d".into() };
+        let error =
+            ServiceError::NotBooted { name: "adit-agent", command: "/usr/bin/adit agent --data /d".into() };
         assert_eq!(error.exit(), Exit::Usage);
         assert!(error.remedy().expect("has one").ends_with("/usr/bin/adit agent --data /d"));
         let error = ServiceError::NotStarted { name: "adit-agent", journal: "one\ntwo\n".into() };
