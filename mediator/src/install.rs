@@ -68,7 +68,7 @@ impl Install {
         systemd::check(&SERVICE, &setup).map_err(boxed)?;
         let new = !Organisation::is_in(dir);
         if new && self.hosts.is_empty() {
-            return Err(boxed(Error::NoHost(dir.clone())));
+            return Err(boxed(Error::Nameless(dir.clone())));
         }
         let hosts = parse_hosts(&self.hosts);
         let listen =

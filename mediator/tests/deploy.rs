@@ -54,8 +54,11 @@ fn the_sample_configurations_are_read() {
     take("examples/relay.toml");
     let relay = ConfigFile::load(dir.path()).expect("reads");
     assert_eq!((relay.limits.pairs, relay.hosts.as_slice()), (500, &["relay2.example.org".to_owned()][..]));
+    take("examples/agent.toml");
+    let agent = adit_client::config::Config::load(dir.path()).expect("reads").agent;
+    assert_eq!(agent.allow.map(|allow| allow.len()), Some(3));
     let samples = fs::read_dir(deploy("examples")).expect("is there").count();
-    assert_eq!(samples, 2, "a sample that this test does not read");
+    assert_eq!(samples, 3, "a sample that this test does not read");
 }
 
 #[test]
