@@ -68,12 +68,12 @@ impl Sockets {
     pub fn bind(dir: &Path, config: &Listen, with_relay: bool) -> Result<Self, ListenError> {
         let file = dir.join(config::FILE);
         let setting = |key| Setting { key, file: &file };
-        let relay = with_relay.then(|| listen::tcp(setting("[listen] relay"), config.relay)).transpose()?;
+        let tcp = |key, address| listen::tcp(setting(key), address);
         Ok(Self {
-            https: listen::tcp(setting("[listen] https"), config.https)?,
+            https: tcp("[listen] https", config.https)?,
             udp: listen::udp(setting("[listen] udp"), config.udp)?,
-            diagnostics: listen::tcp(setting("[listen] diagnostics"), config.diagnostics)?,
-            relay,
+            diagnostics: tcp("[listen] diagnostics", config.diagnostics)?,
+            relay: with_relay.then(|| tcp("[listen] relay", config.relay)).transpose()?,
         })
     }
 }
