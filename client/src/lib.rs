@@ -15,6 +15,8 @@ pub mod forward;
 pub mod hub;
 pub mod identity;
 pub mod leg;
+pub mod log;
+pub mod probe;
 pub mod service;
 pub mod session;
 pub mod status;
