@@ -17,6 +17,7 @@ pub mod identity;
 pub mod leg;
 pub mod log;
 pub mod probe;
+pub mod service;
 pub mod session;
 pub mod status;
 pub mod stdio;
