@@ -14,6 +14,9 @@ pub mod forward;
 pub mod hub;
 pub mod identity;
 pub mod leg;
+mod os;
+#[cfg(windows)]
+pub mod service;
 pub mod session;
 pub mod status;
 pub mod stdio;

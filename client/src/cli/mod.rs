@@ -18,6 +18,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::events::{complain, printable};
 use crate::exit::{Exit, Failure, report};
+use crate::os;
 
 /// Reach RDP, SSH, HTTP and other services on machines behind NAT and firewalls.
 #[derive(Debug, Parser)]
@@ -27,8 +28,8 @@ use crate::exit::{Exit, Failure, report};
     arg_required_else_help = true,
     after_help = "Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 refused (identity, policy, ticket), \
                   4 unreachable (server, agent or target), 5 timed out.\n\
-                  Ctrl-C and SIGTERM end streams and sessions cleanly and are no failure (0); a second one ends \
-                  at once (1)."
+                  Ctrl-C and SIGTERM (on Windows Ctrl-Break) end streams and sessions cleanly and are no failure \
+                  (0); a second one ends at once (1)."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -94,7 +95,7 @@ fn start_log(filter: Option<&str>, command: &Command) -> Result<(), CliError> {
     let filter = filter.filter(|filter| !filter.is_empty()).unwrap_or(default);
     let filter = EnvFilter::builder().parse(filter).map_err(|_| CliError::Log(filter.to_owned()))?;
     // A program that embeds this one may log already.
-    let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    let colours = os::COLOURS && std::io::IsTerminal::is_terminal(&std::io::stderr());
     let log =
         tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours);
     let _ = log.try_init();

@@ -1,0 +1,18 @@
+//! What differs from system to system and is small. Larger things have a module for each system beside
+//! their users: `status`, `stdio`, `service`.
+
+#[cfg(unix)]
+mod unix;
+#[cfg(windows)]
+mod windows;
+
+#[cfg(unix)]
+use unix as system;
+#[cfg(windows)]
+pub(crate) use windows::restrict;
+#[cfg(windows)]
+use windows as system;
+
+pub(crate) use system::{
+    COLOURS, Signals, create_private_dir, machine_name, out_of_descriptors, set_access, sync_dir,
+};
