@@ -237,7 +237,9 @@ mod tests {
             assert_eq!((meta[0].addr.port(), meta[0].stride), (from.port(), datagram.len()));
             arrived.push(bytes[..meta[0].len].to_vec());
         }
-        assert_eq!((from.max_transmit_segments() == 1, from.may_fragment()), (plain, plain));
+        if plain {
+            assert_eq!((from.max_transmit_segments(), from.may_fragment()), (1, true));
+        }
         arrived
     }
 

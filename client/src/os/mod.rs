@@ -9,7 +9,7 @@ mod windows;
 #[cfg(unix)]
 use unix as system;
 #[cfg(windows)]
-pub(crate) use windows::restrict;
+pub(crate) use windows::{in_profile, take_over};
 #[cfg(windows)]
 use windows as system;
 

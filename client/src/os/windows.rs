@@ -67,27 +67,37 @@ impl Signals {
 /// Makes `dir`, and what leads to it, for its owner and the administrators.
 pub(crate) fn create_private_dir(dir: &Path) -> io::Result<()> {
     std::fs::create_dir_all(dir)?;
-    if in_profile(dir) { Ok(()) } else { restrict(dir, &[]) }
+    if in_profile(dir) { Ok(()) } else { restrict(dir) }
 }
 
-/// Whether `dir` is below this user's profile.
-fn in_profile(dir: &Path) -> bool {
+/// Whether `path` is below this user's profile.
+pub(crate) fn in_profile(path: &Path) -> bool {
     let profile = std::env::var_os("USERPROFILE").filter(|profile| !profile.is_empty()).map(PathBuf::from);
     let real = |path: &Path| path.canonicalize();
-    match (profile.as_deref().map(real), real(dir)) {
-        (Some(Ok(profile)), Ok(dir)) => dir.starts_with(profile),
+    match (profile.as_deref().map(real), real(path)) {
+        (Some(Ok(profile)), Ok(path)) => path.starts_with(profile),
         _ => false,
     }
 }
 
-/// Lets nobody into `dir` and what is in it but its owner, the administrators, and `others` (as
-/// `icacls /grant` wants them), whatever it inherited.
-pub(crate) fn restrict(dir: &Path, others: &[&str]) -> io::Result<()> {
+/// Lets nobody into `dir` and what is in it but its owner and the administrators, whatever it inherited.
+fn restrict(dir: &Path) -> io::Result<()> {
+    icacls(dir, &["/inheritance:r", "/grant:r"], &OWNERS)
+}
+
+/// Makes `dir` and all that is in it the administrators', and lets in nobody else but `others` (as
+/// `icacls /grant` wants them). For administrators.
+pub(crate) fn take_over(dir: &Path, others: &[&str]) -> io::Result<()> {
+    icacls(dir, &["/setowner", "*S-1-5-32-544"], &[])?;
+    icacls(dir, &["/inheritance:r", "/grant:r"], &[&OWNERS, others].concat())
+}
+
+fn icacls(dir: &Path, what: &[&str], whom: &[&str]) -> io::Result<()> {
     // Not by name alone: the directory that one happens to be in may have another program of that name.
     let system = std::env::var_os("SystemRoot").map_or_else(|| PathBuf::from(r"C:\Windows"), PathBuf::from);
     let mut command = Command::new(system.join("System32").join("icacls.exe"));
-    command.arg(dir).args(["/inheritance:r", "/grant:r"]).args(OWNERS).args(others).args(["/T", "/Q"]);
-    let output = command.stdin(Stdio::null()).output()?;
+    command.arg(dir).args(what).args(whom).args(["/T", "/Q"]).stdin(Stdio::null());
+    let output = command.output()?;
     if output.status.success() {
         return Ok(());
     }

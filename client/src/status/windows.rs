@@ -16,7 +16,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
 use super::{ACCEPT_PAUSE, Document, MAX_DOCUMENT, PATIENCE};
-use crate::identity::store::{self, Access, create_private_dir};
+use crate::identity::store::{self, Access};
 
 /// Of the file with the pipe's name.
 pub(super) const EXTENSION: &str = "pipe";
@@ -48,7 +48,8 @@ impl Drop for Server {
 
 /// Serves the document on a pipe whose name stands in `run`.
 pub(super) fn serve(run: &Path, document: impl Fn() -> Document + Send + 'static) -> io::Result<Server> {
-    create_private_dir(run).map_err(io::Error::other)?;
+    // Who may enter, it inherits from the state directory.
+    fs::create_dir_all(run)?;
     let name = format!("{PREFIX}{:032x}", rand::random::<u128>());
     // Nobody else serves it. Other machines are refused unless one asks for them.
     let mut pipe = ServerOptions::new().first_pipe_instance(true).max_instances(1).create(&name)?;
