@@ -64,7 +64,9 @@ impl Process {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         let mut child = start(command).with_context(|| format!("cannot start {name}"))?;
         // The first argument is the program for those that run another.
-        let ours = [&program, &first].iter().any(|path| path.rsplit('/').next().is_some_and(|name| name.starts_with("adit")));
+        let ours = [&program, &first]
+            .iter()
+            .any(|path| path.rsplit('/').next().is_some_and(|name| name.starts_with("adit")));
         let stdout = Output::collect(format!("{name}, stdout"), child.stdout.take(), false);
         let stderr = Output::collect(format!("{name}, stderr"), child.stderr.take(), ours);
         Ok(Self { name, stdin: child.stdin.take(), child, stdout, stderr })

@@ -29,16 +29,20 @@ const WINE: &str = "ADIT_WINE";
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a transfer may take.
 const TRANSFER: Duration = Duration::from_secs(60);
+/// Allowed, and nobody listens.
+const CLOSED: &str = "127.0.0.1:9";
 /// Bytes that go there and back on each way.
 const BYTES: u64 = 16 << 20;
 /// Bytes through standard input and output.
 const STDIO_BYTES: u64 = 1 << 20;
 
+type Test = fn(Stage) -> anyhow::Result<()>;
+
 fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     // They share Wine's prefix, and measure.
     arguments.test_threads = Some(1);
-    let tests: [(&str, fn(Stage) -> anyhow::Result<()>); 2] = [
+    let tests: [(&str, Test); 2] = [
         ("wine_agent_serves_a_linux_technician", |stage| stage.run(wine_agent)),
         ("wine_technician_reaches_a_linux_agent", |stage| stage.run(wine_technician)),
     ];
@@ -162,7 +166,13 @@ impl Stage {
     }
 
     /// Runs `adit` to its successful end, with `input`; the one JSON object that it says.
-    async fn say(&self, system: System, arguments: &[&str], name: &str, input: &str) -> anyhow::Result<Value> {
+    async fn say(
+        &self,
+        system: System,
+        arguments: &[&str],
+        name: &str,
+        input: &str,
+    ) -> anyhow::Result<Value> {
         let mut process = Process::here(self.adit(system, arguments, name)?)?;
         process.feed(input.as_bytes()).await?;
         let said = process.finish(PATIENCE).await?.ok()?;
@@ -208,7 +218,7 @@ impl Stage {
 
     /// A running agent that is online.
     async fn agent(&self, system: System, allow: &[String]) -> anyhow::Result<Process> {
-        let mut arguments = vec!["agent", "--json"];
+        let mut arguments = vec!["agent", "--json", "--allow", CLOSED];
         allow.iter().for_each(|allow| arguments.extend(["--allow", allow]));
         let agent = Process::here(self.adit(system, &arguments, "agent")?)?;
         agent.event(PATIENCE, "online", 0, |_| Some(())).await?;
@@ -234,9 +244,8 @@ impl Stage {
         let spec = format!("127.0.0.1:0:{target}");
         let arguments = ["forward", "agent", "-L", &spec, "--via", via, "--json"];
         let forward = Process::here(self.adit(system, &arguments, "technician")?)?;
-        let local = forward
-            .event(PATIENCE, "listening", 0, |event| event["local"].as_str()?.parse().ok())
-            .await?;
+        let local =
+            forward.event(PATIENCE, "listening", 0, |event| event["local"].as_str()?.parse().ok()).await?;
         forward.event(PATIENCE, "tier", 0, |event| (event["carrier"] == carrier).then_some(())).await?;
         Ok((forward, local))
     }
@@ -252,13 +261,14 @@ impl Stage {
         let socket = UdpSocket::bind("127.0.0.1:0").await?;
         socket.connect(local).await?;
         let sent = [0xa5; 1000];
-        let mut got = [0; 2000];
-        let length = poll(PATIENCE, "a datagram's echo", async || {
+        let got = poll(PATIENCE, "a datagram's echo", async || {
+            let mut got = [0; 2000];
             socket.send(&sent).await.ok()?;
-            tokio::time::timeout(Duration::from_secs(1), socket.recv(&mut got)).await.ok()?.ok()
+            let length = tokio::time::timeout(Duration::from_secs(1), socket.recv(&mut got)).await;
+            length.ok()?.ok().map(|length| got[..length].to_vec())
         })
         .await?;
-        ensure!(got[..length] == sent, "another datagram came back");
+        ensure!(got == sent, "another datagram came back");
         self.end(forward).await
     }
 
@@ -277,20 +287,24 @@ impl Stage {
         let complaint = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.code() == Some(0), "{:?}: {complaint}", output.status);
         let hash = hex(&digest::digest(&digest::SHA256, &output.stdout));
-        ensure!(hash == sha256(3, STDIO_BYTES), "{} bytes came back, and not those sent", output.stdout.len());
+        ensure!(
+            hash == sha256(3, STDIO_BYTES),
+            "{} bytes came back, and not those sent",
+            output.stdout.len()
+        );
         println!("{system:?}: adit stdio, {STDIO_BYTES} bytes there and back, SHA-256 agrees");
         Ok(())
     }
 
     /// Exit codes pass through.
     async fn refusals(&self, system: System) -> anyhow::Result<()> {
-        for (agent, target, wanted) in [("agent", "192.0.2.1:22", 3), ("nobody", "127.0.0.1:22", 4)] {
+        for (agent, target, wanted) in [("agent", "198.51.100.1:22", 3), ("agent", CLOSED, 4)] {
             let stdio = Process::here(self.adit(system, &["stdio", agent, target], "technician")?)?;
             let finished = stdio.finish(PATIENCE).await?;
             ensure!(finished.code == wanted, "{agent} {target}: {finished:?}");
             ensure!(finished.stderr.contains("error: "), "{finished:?}");
         }
-        println!("{system:?}: a target that is not allowed ends with 3, an unknown agent with 4");
+        println!("{system:?}: a target that is not allowed ends with 3, one that is closed with 4");
         Ok(())
     }
 

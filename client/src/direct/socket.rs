@@ -88,9 +88,7 @@ impl AsyncUdpSocket for DirectSocket {
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
         let sent = match &self.state {
-            Some(state) => {
-                self.io.try_io(Interest::WRITABLE, || state.try_send((&self.io).into(), transmit))
-            }
+            Some(state) => self.io.try_io(Interest::WRITABLE, || state.try_send((&self.io).into(), transmit)),
             // One datagram: `max_transmit_segments` says so.
             None => self.io.try_send_to(transmit.contents, transmit.destination).map(drop),
         };
@@ -114,9 +112,9 @@ impl AsyncUdpSocket for DirectSocket {
                 // Fails only when the runtime is gone.
                 ready!(self.io.poll_recv_ready(cx))?;
                 let received = match &self.state {
-                    Some(state) => self
-                        .io
-                        .try_io(Interest::READABLE, || state.recv((&self.io).into(), buffers, meta)),
+                    Some(state) => {
+                        self.io.try_io(Interest::READABLE, || state.recv((&self.io).into(), buffers, meta))
+                    }
                     None => self.receive_one(buffers, meta),
                 };
                 match received {

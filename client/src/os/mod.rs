@@ -9,9 +9,9 @@ mod windows;
 #[cfg(unix)]
 use unix as system;
 #[cfg(windows)]
-pub(crate) use windows::{in_profile, take_over};
-#[cfg(windows)]
 use windows as system;
+#[cfg(windows)]
+pub(crate) use windows::{in_profile, take_over};
 
 pub(crate) use system::{
     COLOURS, Signals, create_private_dir, machine_name, out_of_descriptors, set_access, sync_dir,

@@ -110,9 +110,9 @@ pub fn install(data: &Path) -> Result<bool, ServiceError> {
             service.change_config(&info).map_err(refused("change the service"))?;
             service
         }
-        Err(error) if is(&error, NO_SUCH_SERVICE) => manager
-            .create_service(&info, ServiceAccess::ALL_ACCESS)
-            .map_err(refused("make the service"))?,
+        Err(error) if is(&error, NO_SUCH_SERVICE) => {
+            manager.create_service(&info, ServiceAccess::ALL_ACCESS).map_err(refused("make the service"))?
+        }
         Err(error) => return Err(refused("open the service")(error)),
     };
     configure(&service).map_err(refused("change the service"))?;
@@ -134,8 +134,7 @@ pub fn install(data: &Path) -> Result<bool, ServiceError> {
 /// # Errors
 /// [`ServiceError`].
 pub fn uninstall() -> Result<(), ServiceError> {
-    let service =
-        open(ServiceAccess::QUERY_STATUS | ServiceAccess::STOP | ServiceAccess::DELETE)?;
+    let service = open(ServiceAccess::QUERY_STATUS | ServiceAccess::STOP | ServiceAccess::DELETE)?;
     stop(&service)?;
     service.delete().map_err(refused("remove the service"))
 }
@@ -265,7 +264,8 @@ fn stop(service: &Service) -> Result<(), ServiceError> {
         stopping => stopping.map_err(refused("stop the service"))?,
     };
     let deadline = Instant::now() + STOPPING;
-    while service.query_status().map_err(refused("stop the service"))?.current_state != ServiceState::Stopped {
+    while service.query_status().map_err(refused("stop the service"))?.current_state != ServiceState::Stopped
+    {
         if Instant::now() > deadline {
             return Err(ServiceError::NotStopped);
         }
@@ -276,7 +276,11 @@ fn stop(service: &Service) -> Result<(), ServiceError> {
 
 fn open(access: ServiceAccess) -> Result<Service, ServiceError> {
     manager(ServiceManagerAccess::CONNECT)?.open_service(NAME, access).map_err(|error| {
-        if is(&error, NO_SUCH_SERVICE) { ServiceError::NotInstalled } else { refused("open the service")(error) }
+        if is(&error, NO_SUCH_SERVICE) {
+            ServiceError::NotInstalled
+        } else {
+            refused("open the service")(error)
+        }
     })
 }
 

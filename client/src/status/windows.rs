@@ -27,7 +27,7 @@ const PREFIX: &str = r"\\.\pipe\adit-";
 const QUESTION: u8 = b'?';
 /// Ends the document, which has no line breaks.
 const END: u8 = b'\n';
-/// ERROR_PIPE_BUSY: the one instance serves somebody else.
+/// ERROR_PIPE_BUSY: no instance is free at the moment.
 const BUSY: i32 = 231;
 /// How often a busy pipe is tried.
 const BUSY_PAUSE: Duration = Duration::from_millis(20);
@@ -51,33 +51,36 @@ pub(super) fn serve(run: &Path, document: impl Fn() -> Document + Send + 'static
     // Who may enter, it inherits from the state directory.
     fs::create_dir_all(run)?;
     let name = format!("{PREFIX}{:032x}", rand::random::<u128>());
-    // Nobody else serves it. Other machines are refused unless one asks for them.
-    let mut pipe = ServerOptions::new().first_pipe_instance(true).max_instances(1).create(&name)?;
+    let mut options = ServerOptions::new();
+    // The one that is being served, and the next. Other machines are refused unless one asks for them.
+    options.max_instances(2);
+    // Nobody else serves it.
+    let mut pipe = options.clone().first_pipe_instance(true).create(&name)?;
     let file = format!("{}.{EXTENSION}", std::process::id());
     store::write(run, &file, name.as_bytes(), Access::Secret).map_err(io::Error::other)?;
     let task = tokio::spawn(async move {
         loop {
-            // One after the other: each has its deadline.
-            match pipe.connect().await {
-                Ok(()) => {
-                    let _ = timeout(PATIENCE, answer(&mut pipe, &document)).await;
-                }
-                Err(_) => sleep(ACCEPT_PAUSE).await,
+            let connected = pipe.connect().await;
+            // Who comes next finds a new instance: one that has served is of no more use.
+            let (Ok(()), Ok(next)) = (connected, options.create(&name)) else {
+                sleep(ACCEPT_PAUSE).await;
+                continue;
+            };
+            let mut asker = std::mem::replace(&mut pipe, next);
+            // One after the other: each has its deadlines.
+            if let Ok(Ok(QUESTION)) = timeout(PATIENCE, asker.read_u8()).await {
+                let mut text = serde_json::to_vec(&document()).unwrap_or_default();
+                text.push(END);
+                let _ = timeout(PATIENCE, answer(&mut asker, &text)).await;
             }
-            let _ = pipe.disconnect();
         }
     });
     Ok(Server { path: run.join(file), task: task.abort_handle() })
 }
 
-async fn answer(pipe: &mut NamedPipeServer, document: &impl Fn() -> Document) -> io::Result<()> {
-    if pipe.read_u8().await? != QUESTION {
-        return Ok(());
-    }
-    let mut text = serde_json::to_vec(&document()).unwrap_or_default();
-    text.push(END);
-    pipe.write_all(&text).await?;
-    // Disconnecting throws away what was not read: the asker goes first.
+async fn answer(pipe: &mut NamedPipeServer, text: &[u8]) -> io::Result<()> {
+    pipe.write_all(text).await?;
+    // Closing may throw away what was not read: the asker goes first.
     pipe.read_u8().await.map(drop)
 }
 
