@@ -3,16 +3,16 @@
 use std::sync::Arc;
 
 use adit_protocol::Target;
-use adit_protocol::control::{Answer, Grant, Up};
+use adit_protocol::control::{Answer, Grant, Tier, Up};
 use adit_protocol::frame::ResetCode;
 use adit_tunnel::session::End;
 use tokio::sync::mpsc;
 use tracing::info;
 
 use crate::allow::AllowList;
-use crate::control::maintain::State;
+use crate::control::maintain::{Control, State};
 use crate::hub::{Hub, OpenSession};
-use crate::identity::Identity;
+use crate::identity::Live;
 use crate::session::SessionEvent;
 use crate::target;
 use crate::tunnel::Tunnel;
@@ -53,7 +53,7 @@ pub enum AgentEvent {
 
 /// Runs an agent until the task is dropped or `shutdown` completes; then every session is told.
 pub async fn run(
-    identity: Arc<Identity>,
+    identity: Arc<Live>,
     allow: Arc<AllowList>,
     events: mpsc::Sender<AgentEvent>,
     shutdown: impl Future<Output = ()>,
@@ -81,7 +81,10 @@ pub async fn run(
                 }
                 let event = match &*state.borrow_and_update() {
                     State::Connected(_) => Some(AgentEvent::Online),
-                    State::Disconnected { reason, .. } => Some(AgentEvent::Offline { reason: reason.clone() }),
+                    State::Disconnected { reason, remedy, .. } => {
+                        let remedy = remedy.as_ref().map_or(String::new(), |remedy| format!("; {remedy}"));
+                        Some(AgentEvent::Offline { reason: format!("{reason}{remedy}") })
+                    }
                     State::Connecting => None,
                 };
                 if let Some(event) = event {
@@ -118,7 +121,10 @@ async fn take_offer(
     info!(session = %session.id, technician = session.peer_name, "session opened");
     let (tunnel, peer) = (session.tunnel.clone(), session.peer_name.clone());
     let _ = events.send(AgentEvent::Opened { session: session.id, peer, tunnel: tunnel.clone() }).await;
-    Some((tunnel, tokio::spawn(serve(session, granted, allow.clone(), events.clone()))))
+    Some((
+        tunnel,
+        tokio::spawn(serve(session, granted, allow.clone(), hub.control().clone(), events.clone())),
+    ))
 }
 
 /// Connects what the technician asks for, until the session is over. What the mediator did not grant,
@@ -127,6 +133,7 @@ async fn serve(
     mut session: OpenSession,
     granted: Vec<Target>,
     allow: Arc<AllowList>,
+    control: Control,
     events: mpsc::Sender<AgentEvent>,
 ) {
     while let Some(event) = session.events.recv().await {
@@ -145,6 +152,15 @@ async fn serve(
             }
             event => {
                 let over = matches!(event, SessionEvent::Closed { .. });
+                if let SessionEvent::Tier { carrier, reason, .. } = &event {
+                    let said = Tier {
+                        session: session.id.as_bytes().to_vec(),
+                        tier: carrier.kind.tier().to_owned(),
+                        carrier: carrier.kind.as_str().to_owned(),
+                        reason: reason.clone(),
+                    };
+                    let _ = control.send(Up::Tier(said)).await;
+                }
                 let peer = session.peer_name.clone();
                 let _ = events.send(AgentEvent::Session { session: session.id, peer, event }).await;
                 if over {

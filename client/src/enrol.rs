@@ -34,7 +34,8 @@ pub struct Enrolment {
     pub tags: Vec<String>,
     /// Relays only: names and addresses that clients use.
     pub hosts: Vec<String>,
-    /// Whether an identity that is there already may be replaced.
+    /// Whether this is a machine installed anew: gives up the identity that is there, and takes the name of
+    /// a device that has it.
     pub replace: bool,
 }
 
@@ -59,6 +60,7 @@ pub async fn enrol(token: &EnrolmentToken, wanted: &Enrolment) -> Result<Identit
         name: wanted.name.clone(),
         tags: wanted.tags.clone(),
         hosts: wanted.hosts.clone(),
+        replace: wanted.replace,
     };
     let granted = ask(token, &request).await?;
     let identity = accept(granted, token, key, wanted.hosts.clone())?;
@@ -134,7 +136,10 @@ async fn ask(token: &EnrolmentToken, request: &Request) -> Result<Granted, Enrol
         match timeout(ANSWER_TIMEOUT, answer).await {
             Ok(Ok(Response { outcome: Some(Outcome::Granted(granted)) })) => return Ok(granted),
             Ok(Ok(Response { outcome: Some(Outcome::Refused(refused)) })) => {
-                return Err(EnrolError::Refused(refused.message));
+                return Err(match refused.unavailable {
+                    true => EnrolError::Unavailable(refused.message),
+                    false => EnrolError::Refused(refused.message),
+                });
             }
             Ok(Ok(Response { outcome: None })) => last = EnrolError::NoAnswer,
             Ok(Err(error)) => last = EnrolError::from_dial(server, DialError::from_tls(error)),
@@ -157,7 +162,10 @@ fn accept(
     let peer = Peer::from_certificate(&granted.certificate)?;
     let role: Role = granted.role.parse().map_err(|_| EnrolError::NoAnswer)?;
     let device_id = DeviceId::try_from(granted.device_id.as_slice()).map_err(|_| EnrolError::NoAnswer)?;
-    if peer.public_key != key.public_key() || (peer.device_id, peer.role) != (device_id, role) {
+    if peer.public_key != key.public_key()
+        || (peer.device_id, peer.role) != (device_id, role)
+        || role != token.role
+    {
         return Err(EnrolError::NoAnswer);
     }
     let ticket_key = match role {
@@ -174,7 +182,8 @@ fn accept(
         ticket_key,
         certificate: CertificateDer::from(granted.certificate),
         root: CertificateDer::from(granted.root),
-        key,
+        key: Arc::new(key),
+        revoked: Arc::default(),
     })
 }
 
@@ -196,12 +205,23 @@ pub enum EnrolError {
     /// The mediator said no.
     #[error("the mediator refused this enrolment: {0}")]
     Refused(String),
+    /// The mediator could not, this time.
+    #[error("the mediator cannot enrol now: {0}")]
+    Unavailable(String),
     /// The server is not the one that the token names.
     #[error("the server's root key is not the one that the token names: wrong fingerprint")]
     WrongFingerprint,
     /// The server's certificate is not acceptable for another reason.
     #[error("the server cannot be trusted: {0}")]
     Untrusted(VerifyError),
+    /// Something in between answers in the mediator's place.
+    #[error("{server}: {why}")]
+    Intercepted {
+        /// `HOST:PORT`.
+        server: String,
+        /// What gave it away.
+        why: String,
+    },
     /// Nobody answers there.
     #[error("the mediator at {server} cannot be reached: {why}")]
     Unreachable {
@@ -234,6 +254,10 @@ impl EnrolError {
     fn from_dial(server: &str, error: DialError) -> Self {
         match error {
             DialError::Verify(VerifyError::WrongFingerprint) => Self::WrongFingerprint,
+            DialError::Foreign(why) => Self::Intercepted { server: server.to_owned(), why },
+            DialError::Verify(error @ VerifyError::Intercepted { .. }) => {
+                Self::Intercepted { server: server.to_owned(), why: error.to_string() }
+            }
             DialError::Verify(verdict) => Self::Untrusted(verdict),
             DialError::TimedOut => Self::TimedOut { server: server.to_owned() },
             other => Self::Unreachable { server: server.to_owned(), why: other.to_string() },
@@ -246,10 +270,10 @@ impl Failure for EnrolError {
         match self {
             Self::Token(_) | Self::Name(_) | Self::Tag(_) | Self::AlreadyEnrolled(_) => Exit::Usage,
             Self::Refused(_) | Self::WrongFingerprint | Self::Untrusted(_) => Exit::Refused,
-            Self::Unreachable { .. } => Exit::Unreachable,
+            Self::Unreachable { .. } | Self::Intercepted { .. } => Exit::Unreachable,
             Self::TimedOut { .. } => Exit::TimedOut,
             Self::Store(error) => error.exit(),
-            Self::NoAnswer | Self::Certificate(_) | Self::Tls(_) => Exit::Failed,
+            Self::Unavailable(_) | Self::NoAnswer | Self::Certificate(_) | Self::Tls(_) => Exit::Failed,
         }
     }
 
@@ -265,10 +289,14 @@ impl Failure for EnrolError {
             Self::WrongFingerprint => {
                 "ask the operator for a new token; if it fails again, someone may sit in between".into()
             }
+            Self::Intercepted { .. } => crate::control::INTERCEPTED.into(),
             Self::Untrusted(_) => "check this machine's clock; else ask the operator for a new token".into(),
             Self::Unreachable { .. } | Self::TimedOut { .. } => {
                 "check that the mediator runs and no firewall is in the way; then try the same token again"
                     .into()
+            }
+            Self::Unavailable(_) => {
+                "try the same token again; the operator finds the cause in the mediator's log".into()
             }
             Self::NoAnswer => "check that device and mediator run fitting versions".into(),
             Self::Store(error) => return error.remedy(),

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use adit_protocol::control::{Down, Grant, LiveSession, Up, Welcome};
+use adit_protocol::control::{Closed, Down, Grant, LiveSession, Up, Welcome};
 use adit_protocol::{DeviceId, SessionId};
 use adit_tunnel::session::End;
 use tokio::sync::{mpsc, oneshot};
@@ -17,7 +17,8 @@ use tracing::{debug, warn};
 use crate::control::hello;
 use crate::control::maintain::{Control, NotConnected, State, maintain};
 use crate::direct::DirectEndpoint;
-use crate::identity::Identity;
+use crate::identity::Live;
+use crate::identity::revocation::Revocations;
 use crate::session::{self, Parts, SessionEvent};
 use crate::tunnel::Tunnel;
 use crate::via::Via;
@@ -31,7 +32,7 @@ const DEFAULT_PORTS: RangeInclusive<u16> = 40000..=41000;
 
 /// A device's connection to its organisation.
 pub struct Hub {
-    identity: Arc<Identity>,
+    identity: Arc<Live>,
     control: Control,
     sessions: Sessions,
     requests: Arc<Mutex<HashMap<u64, oneshot::Sender<Down>>>>,
@@ -44,6 +45,7 @@ type Sessions = Arc<Mutex<HashMap<SessionId, Entry>>>;
 
 struct Entry {
     peer: DeviceId,
+    peer_key: Vec<u8>,
     downs: mpsc::Sender<Down>,
 }
 
@@ -72,13 +74,14 @@ pub enum RequestError {
 
 impl Hub {
     /// Connects, and keeps connected. Session offers (agents get them) come out of the receiver.
-    pub fn start(identity: Arc<Identity>) -> (Self, mpsc::Receiver<Grant>) {
+    pub fn start(identity: Arc<Live>) -> (Self, mpsc::Receiver<Grant>) {
         let sessions = Sessions::default();
         let live = sessions.clone();
         let (control, downs) = maintain(identity.clone(), move || hello(live_sessions(&live)));
         let (offers, receiver) = mpsc::channel(SESSION_QUEUE);
         let requests = Arc::default();
-        let reader = tokio::spawn(read(downs, sessions.clone(), Arc::clone(&requests), offers));
+        let reader =
+            tokio::spawn(read(downs, identity.clone(), sessions.clone(), Arc::clone(&requests), offers));
         let hub = Self {
             identity,
             control,
@@ -94,11 +97,6 @@ impl Hub {
     /// The control channel.
     pub fn control(&self) -> &Control {
         &self.control
-    }
-
-    /// Who this device is.
-    pub fn identity(&self) -> &Arc<Identity> {
-        &self.identity
     }
 
     /// Asks the mediator something; `message` is given the request's number.
@@ -135,10 +133,10 @@ impl Hub {
             _ => Arc::default(),
         };
         let (sender, downs) = mpsc::channel(SESSION_QUEUE);
-        lock(&self.sessions).insert(id, Entry { peer, downs: sender });
+        lock(&self.sessions).insert(id, Entry { peer, peer_key: grant.peer_key.clone(), downs: sender });
         let peer_name = grant.peer_name.clone();
         let (tunnel, mut inner) = session::start(Parts {
-            identity: self.identity.clone(),
+            identity: self.identity.get(),
             end,
             id,
             peer,
@@ -193,6 +191,7 @@ impl Drop for Hub {
 /// Sorts what the mediator says: answers, session offers, and news of sessions.
 async fn read(
     mut downs: mpsc::Receiver<Down>,
+    identity: Arc<Live>,
     sessions: Sessions,
     requests: Arc<Mutex<HashMap<u64, oneshot::Sender<Down>>>>,
     offers: mpsc::Sender<Grant>,
@@ -205,7 +204,12 @@ async fn read(
                 }
                 continue;
             }
-            Down::Welcome(_) => continue,
+            Down::Revocations(_) => {
+                close_revoked(&identity.get().revoked.newest(), &sessions);
+                continue;
+            }
+            // The channel's keeper has taken it.
+            Down::Welcome(_) | Down::Update(_) => continue,
             Down::Agents(agents) => (agents.request, None),
             Down::Granted(grant) => (grant.request, None),
             Down::Refused(refused) => (refused.request, None),
@@ -224,6 +228,18 @@ async fn read(
             let _ = waiting.send(down);
         } else {
             debug!(request, "an answer that nobody waits for");
+        }
+    }
+}
+
+/// Ends every session whose other end is on the list.
+fn close_revoked(list: &Revocations, sessions: &Sessions) {
+    for (id, entry) in lock(sessions).iter() {
+        if <[u8; 32]>::try_from(&entry.peer_key[..]).is_ok_and(|key| list.has(&key)) {
+            let reason = "the other device was revoked".to_owned();
+            let closed = Closed { session: id.as_bytes().to_vec(), reason, ..Closed::default() };
+            // A full queue: then it is the mediator's word that ends it.
+            let _ = entry.downs.try_send(Down::Closed(closed));
         }
     }
 }

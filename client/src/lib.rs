@@ -3,6 +3,7 @@
 pub mod agent;
 pub mod allow;
 pub mod cli;
+pub mod config;
 pub mod control;
 pub mod copy;
 pub mod dial;

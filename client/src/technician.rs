@@ -10,7 +10,7 @@ use adit_tunnel::session::End;
 use crate::control::maintain::State;
 use crate::exit::{Exit, Failure};
 use crate::hub::{Hub, OpenSession, RequestError};
-use crate::identity::Identity;
+use crate::identity::Live;
 use crate::via::Via;
 
 /// How long the mediator may take to be reached: all of its addresses, each with its own deadline.
@@ -26,15 +26,17 @@ impl Technician {
     ///
     /// # Errors
     /// [`TechnicianError`]: the first attempt failed.
-    pub async fn connect(identity: Arc<Identity>) -> Result<Self, TechnicianError> {
+    pub async fn connect(identity: Arc<Live>) -> Result<Self, TechnicianError> {
         let (hub, _no_offers) = Hub::start(identity);
         let mut state = hub.control().state();
         let first = state.wait_for(|state| !matches!(state, State::Connecting));
         let failed = match tokio::time::timeout(CONNECT, first).await {
             Ok(Ok(state)) => match &*state {
-                State::Disconnected { reason, exit } => {
-                    Some(TechnicianError::NoMediator { reason: reason.clone(), exit: *exit })
-                }
+                State::Disconnected { reason, remedy, exit } => Some(TechnicianError::NoMediator {
+                    reason: reason.clone(),
+                    remedy: remedy.clone(),
+                    exit: *exit,
+                }),
                 _ => None,
             },
             Ok(Err(_)) => Some(TechnicianError::Gone),
@@ -89,6 +91,8 @@ pub enum TechnicianError {
     NoMediator {
         /// Why.
         reason: String,
+        /// What helps.
+        remedy: Option<String>,
         /// The code to end with.
         exit: Exit,
     },
@@ -142,7 +146,8 @@ impl Failure for TechnicianError {
 
     fn remedy(&self) -> Option<String> {
         match self {
-            Self::NoMediator { .. } | Self::TimedOut | Self::Gone => {
+            Self::NoMediator { remedy, .. } => remedy.clone(),
+            Self::TimedOut | Self::Gone => {
                 Some("check that the mediator runs and that no firewall blocks the way".to_owned())
             }
             Self::Refused { .. } => None,

@@ -139,7 +139,7 @@ pub fn provider() -> Arc<CryptoProvider> {
 }
 
 fn client(identity: &Identity, expected: Expected, alpn: &[u8]) -> Result<ClientConfig, TlsError> {
-    let config = client_builder(Arc::new(DeviceVerifier::new(&identity.root, expected)?))?
+    let config = client_builder(Arc::new(DeviceVerifier::new(identity, expected)?))?
         .with_client_auth_cert(chain(identity), identity.key.to_rustls())?;
     Ok(finish_client(config, alpn))
 }
@@ -164,7 +164,7 @@ fn finish_client(mut config: ClientConfig, alpn: &[u8]) -> ClientConfig {
 fn server(identity: &Identity, expected: Expected, alpn: &[u8]) -> Result<ServerConfig, TlsError> {
     let config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
-        .with_client_cert_verifier(Arc::new(DeviceVerifier::new(&identity.root, expected)?))
+        .with_client_cert_verifier(Arc::new(DeviceVerifier::new(identity, expected)?))
         .with_single_cert(chain(identity), identity.key.to_rustls())?;
     Ok(finish_server(config, alpn))
 }

@@ -16,6 +16,8 @@ use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::timeout;
 
 const SWITCHES: usize = 100;
+/// Bytes that come back between two switches, at least.
+const EACH: u64 = 30_000;
 /// More than any step takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -33,6 +35,7 @@ async fn a_stream_survives_a_hundred_switches() {
 
     // Ends when every switch is done, so that data flows through all of them.
     let (stop, mut stopped) = tokio::sync::watch::channel(false);
+    let (progress, mut progressed) = tokio::sync::watch::channel(0);
     let traffic = tokio::spawn(async move {
         let (mut sent, mut received) = (0u64, 0u64);
         loop {
@@ -55,6 +58,7 @@ async fn a_stream_survives_a_hundred_switches() {
                     let wrong = (received..).zip(&chunk).find(|(n, byte)| pattern(*n) != **byte);
                     assert_eq!(wrong, None, "first wrong byte");
                     received += chunk.len() as u64;
+                    progress.send_replace(received);
                 }
             }
         }
@@ -66,13 +70,17 @@ async fn a_stream_survives_a_hundred_switches() {
             // Two are there: the older one dies.
             active(&mut notices).await;
         }
+        // Every carrier has carried something when it dies.
+        let before = *progressed.borrow();
+        let moved = progressed.wait_for(|received| *received >= before + EACH);
+        timeout(PATIENCE, moved).await.expect("bytes flow").expect("the traffic lives");
         carrier.kill();
         carrier = next;
     }
     stop.send(true).expect("the traffic still flows");
     let (sent, received) = timeout(PATIENCE, traffic).await.expect("comes to an end").expect("no panic");
     assert_eq!(sent, received);
-    assert!(sent > 100 * 30_000, "only {sent} bytes flowed");
+    assert!(sent >= SWITCHES as u64 * EACH, "only {sent} bytes flowed");
     timeout(PATIENCE, echo).await.expect("comes to an end").expect("no panic");
     println!("{SWITCHES} switches, {sent} bytes each way, every one where it belongs");
 }

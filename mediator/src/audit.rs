@@ -16,14 +16,15 @@ const QUEUE: usize = 256;
 /// Records that one flush takes along.
 const BATCH: usize = 64;
 /// How long the disk may take.
-const DEADLINE: Duration = Duration::from_secs(5);
+const DEADLINE: Duration = Duration::from_secs(2);
 
 /// One line.
 #[derive(Debug, Serialize)]
 pub struct Record<'a> {
     /// Seconds since 1970-01-01 UTC.
     pub time: u64,
-    /// `grant`, `refused`, `closed`, `restored`, `enrolled`.
+    /// Of sessions: `grant`, `refused`, `opened`, `moved`, `restored`, `closed`; of devices: `enrolled`, `replaced`,
+    /// `renamed`, `tagged`, `revoked`, `cloned`; of what may be: `allowed`, `denied`.
     pub event: &'a str,
     /// Session id.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -34,6 +35,30 @@ pub struct Record<'a> {
     /// Agent: device id and name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub agent: Option<Party<'a>>,
+    /// Any other device that this is about.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<Party<'a>>,
+    /// Which agent the technician asked for, when it may not have it.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub wanted: &'a str,
+    /// Who did it, when it was nobody at a device.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub by: &'a str,
+    /// Where the technician's, or that other device's, connection comes from.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub from: &'a str,
+    /// Where the agent's connection comes from.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub agent_from: &'a str,
+    /// The rule that allowed it.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub rule: &'a str,
+    /// `direct`, `relay` or `redirector`, in the agent's word.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub tier: &'a str,
+    /// The carrier of that tier.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub carrier: &'a str,
     /// What the technician says it wants.
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     pub targets: &'a [String],
@@ -72,6 +97,14 @@ impl<'a> Record<'a> {
             session: None,
             technician: None,
             agent: None,
+            device: None,
+            wanted: "",
+            by: "",
+            from: "",
+            agent_from: "",
+            rule: "",
+            tier: "",
+            carrier: "",
             targets: &[],
             via: "",
             reason: "",
@@ -150,6 +183,14 @@ fn write_all(mut file: File, mut jobs: mpsc::Receiver<Job>) {
 
 /// All lines of the batch, or none.
 fn append(file: &mut File, batch: &[Job]) -> io::Result<()> {
+    // The operator's commands write here, too.
+    file.lock()?;
+    let written = append_locked(file, batch);
+    let _ = file.unlock();
+    written
+}
+
+fn append_locked(file: &mut File, batch: &[Job]) -> io::Result<()> {
     let before = file.seek(SeekFrom::End(0))?;
     let lines: Vec<u8> = batch.iter().flat_map(|(line, _)| line).copied().collect();
     let written = file.write_all(&lines).and_then(|()| file.sync_data());

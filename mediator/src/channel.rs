@@ -1,5 +1,6 @@
 //! The mediator's side of one control channel, from the TLS handshake to its end.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,17 +19,25 @@ use tracing::{debug, info, warn};
 
 use crate::broker::Broker;
 use crate::organisation::unix_now;
-use crate::presence::Channel;
+use crate::presence::{Arrival, Channel};
 use crate::relays::Relay;
-use crate::store::Device;
+use crate::store::{Device, Seen};
 
 /// How long a device may take for the WebSocket handshake and for its `Hello`, each.
 const GREETING: Duration = Duration::from_secs(5);
 /// Longest name of a device's software that is kept, in bytes.
 const MAX_SOFTWARE: usize = 64;
 
+/// What the second of two machines with one identity hears.
+const CLONED: &str = "another machine is online with this same identity (a copied disk image?): enrol one of them again, with a new token and --replace";
+
 /// What every device is told in its welcome.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Greeting {
+    /// Names and addresses of this server.
+    pub hosts: Vec<String>,
+    /// Where the control channel is reached, `HOST:PORT` each.
+    pub servers: Vec<String>,
     /// STUN and handshake servers, `HOST:PORT` each.
     pub stun: Vec<String>,
     /// Ports of the direct path.
@@ -37,35 +46,50 @@ pub struct Greeting {
     pub ticket_key: [u8; 32],
 }
 
-/// Serves a device until its channel ends. `peer` is what its verified certificate says.
-pub async fn serve<S>(stream: S, peer: Peer, broker: Arc<Broker>, greeting: Arc<Greeting>)
+/// Serves a device until its channel ends. `peer` is what its verified certificate says, `from` where it is.
+pub async fn serve<S>(stream: S, peer: Peer, from: SocketAddr, broker: Arc<Broker>)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let Ok(Some(socket)) = timeout(GREETING, upgrade(stream)).await else { return };
     let (outgoing, mut incoming) = wire::pump::<_, ToDevice, ToMediator>(socket, Heartbeat::default());
     let Some(hello) = hello(&mut incoming).await else { return };
-    let device = match admit(&peer, &broker).await {
-        Ok(device) => Arc::new(device),
-        Err(refused) => {
-            info!(device = %peer.device_id, reason = refused.message, "channel refused");
-            let _ = outgoing.send(ToDevice { message: Some(Down::Refused(refused)) }).await;
+    let device = match admit(&peer, &broker) {
+        Ok(device) => device,
+        Err(message) => {
+            info!(device = %peer.device_id, %from, message, "channel refused");
+            let _ = outgoing.send(refused(message)).await;
             return;
         }
     };
-    let channel = broker.presence.channel(device.clone(), outgoing);
+    let arrival = Arrival { device: device.clone(), certificate: peer, from, instance: hello.instance };
+    let channel = broker.presence.channel(arrival, outgoing.clone());
     let software: String = hello.software.chars().filter(|c| !c.is_control()).take(MAX_SOFTWARE).collect();
-    note_seen(&broker, &device, &software).await;
+    let note = || {
+        let seen = Seen { software: software.clone(), address: from.to_string(), at: unix_now() };
+        broker.directory.note(device.id, seen);
+    };
     // The welcome is the first message, and whoever has got it can be found.
-    channel.send(Down::Welcome(welcome(&device, &broker, &greeting)));
-    broker.presence.join(channel.clone());
+    channel.send(Down::Welcome(welcome(&device, &broker)));
+    if let Err(cloned) = broker.presence.join(channel.clone()) {
+        broker.cloned(&channel, cloned).await;
+        let _ = outgoing.send(refused(CLONED)).await;
+        return;
+    }
+    note();
+    // Revoked in the moment before it was listed.
+    if broker.directory.get(device.id).is_none() {
+        channel.close();
+    }
+    broker.refresh(&channel).await;
+    broker.catch_up(&channel, hello.revocations);
     info!(device = %device.id, role = %device.role, name = device.name, software, "device is online");
     broker.hello(&channel, &hello.sessions).await;
 
     converse(&mut incoming, &channel, &broker).await;
 
     broker.gone(&channel);
-    note_seen(&broker, &device, &software).await;
+    note();
     info!(device = %device.id, role = %device.role, name = device.name, "channel is closed");
 }
 
@@ -83,7 +107,7 @@ async fn converse(incoming: &mut Incoming<ToMediator>, channel: &Channel, broker
         let device = &channel.device;
         match message {
             Some(Up::List(list)) => {
-                let answer = match broker.list(device).await {
+                let answer = match broker.list(device) {
                     Ok(agents) => Down::Agents(Agents { request: list.request, agents }),
                     Err(denied) => denied.into_message(list.request),
                 };
@@ -95,6 +119,7 @@ async fn converse(incoming: &mut Incoming<ToMediator>, channel: &Channel, broker
             Some(Up::Closed(closed)) => broker.closed(device, closed).await,
             Some(Up::Renew(renew)) => broker.renew(device, &renew.session),
             Some(Up::RelayUp(up)) => relay_up(channel, broker, up).await,
+            Some(Up::Tier(tier)) => broker.tier(device, tier).await,
             // `Hello` comes once; the rest is of a later version.
             Some(Up::Hello(_)) | None => {}
         }
@@ -102,17 +127,19 @@ async fn converse(incoming: &mut Incoming<ToMediator>, channel: &Channel, broker
 }
 
 async fn relay_up(channel: &Channel, broker: &Broker, up: RelayUp) {
-    let relay = Relay {
+    let mut relay = Relay {
         id: channel.device.id,
         epoch: up.epoch,
         addresses: up.addresses,
         stun: up.stun,
         channel: Some(channel.id),
     };
+    relay.keep_hosts(&channel.device.hosts);
     if channel.device.role == Role::Relay && relay.is_sane() {
         broker.relay_up(relay).await;
     } else {
-        warn!(device = %channel.device.id, "not acceptable as a relay");
+        let (device, name, hosts) = (&channel.device.id, &channel.device.name, &channel.device.hosts);
+        warn!(%device, name, ?hosts, "not acceptable as a relay: it has moved from the hosts that it was enrolled with; enrol it again with --replace");
     }
 }
 
@@ -123,23 +150,22 @@ async fn hello(incoming: &mut Incoming<ToMediator>) -> Option<Hello> {
     }
 }
 
-/// The certificate is good; now the database says whether the device is still one of ours.
-async fn admit(peer: &Peer, broker: &Broker) -> Result<Device, Refused> {
-    let refused =
-        |code: RefusedCode, message: &str| Refused { request: 0, code: code.into(), message: message.into() };
-    let known = broker.store.device(peer.device_id).await.map_err(|error| {
-        warn!(%error, "the database failed");
-        refused(RefusedCode::Unavailable, "the mediator's database failed: the operator checks its disk")
-    })?;
-    known.filter(|device| device.public_key == peer.public_key && device.role == peer.role).ok_or_else(|| {
-        refused(
-            RefusedCode::NotPermitted,
-            "this mediator does not know this device: enrol it again with a new token",
-        )
-    })
+/// The certificate is good; now the directory says whether the device is still one of ours.
+fn admit(peer: &Peer, broker: &Broker) -> Result<Arc<Device>, &'static str> {
+    let known = broker.directory.get(peer.device_id);
+    known
+        .filter(|device| device.public_key == peer.public_key && device.role == peer.role)
+        .ok_or("this device was revoked, or is not known here: enrol it again with a new token")
 }
 
-fn welcome(device: &Device, broker: &Broker, greeting: &Greeting) -> Welcome {
+fn refused(message: &str) -> ToDevice {
+    let code = RefusedCode::NotPermitted.into();
+    let refused = Refused { request: 0, code, message: message.to_owned() };
+    ToDevice { message: Some(Down::Refused(refused)) }
+}
+
+fn welcome(device: &Device, broker: &Broker) -> Welcome {
+    let greeting = broker.greeting();
     let mut stun = greeting.stun.clone();
     stun.extend(broker.relays.stun());
     Welcome {
@@ -149,12 +175,7 @@ fn welcome(device: &Device, broker: &Broker, greeting: &Greeting) -> Welcome {
         stun,
         p2p_ports: greeting.p2p_ports.clone(),
         ticket_key: if device.role == Role::Relay { greeting.ticket_key.to_vec() } else { vec![] },
-    }
-}
-
-async fn note_seen(broker: &Broker, device: &Device, software: &str) {
-    if let Err(error) = broker.store.seen(device.id, software, unix_now()).await {
-        warn!(%error, "the database failed");
+        servers: greeting.servers.clone(),
     }
 }
 

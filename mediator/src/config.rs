@@ -3,6 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
+use adit_client::identity::store::{self, Access};
 use serde::Deserialize;
 
 use crate::error::Error;
@@ -19,6 +20,9 @@ pub struct Config {
     /// What listens where.
     #[serde(default)]
     pub listen: Listen,
+    /// The certificate that browsers see.
+    #[serde(default)]
+    pub https: Https,
     /// The direct path.
     #[serde(default)]
     pub p2p: P2p,
@@ -39,6 +43,16 @@ pub struct Listen {
     pub https: SocketAddr,
     /// `/metrics`, `/healthz`, `/readyz` (TCP).
     pub diagnostics: SocketAddr,
+}
+
+/// Section `[https]`. Both or none.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Https {
+    /// Certificate chain (PEM).
+    pub cert: Option<PathBuf>,
+    /// Its key (PEM).
+    pub key: Option<PathBuf>,
 }
 
 /// Section `[p2p]`.
@@ -86,6 +100,9 @@ impl Config {
         {
             return bad("hosts must name 1 to 8 host names or IP addresses");
         }
+        if self.https.cert.is_some() != self.https.key.is_some() {
+            return bad("[https] cert and key go together");
+        }
         if !is_range(&self.p2p.ports) {
             return bad("[p2p] ports must be FIRST-LAST");
         }
@@ -119,6 +136,13 @@ https = "{https}"
 # /metrics, /healthz and /readyz (TCP). Without authentication: keep it on a private address.
 diagnostics = "{diagnostics}"
 
+[https]
+# The certificate that browsers see (PEM), for example from a public authority: the chain, and its key. Changed
+# files are taken without a restart. Without them one is made here, signed by web-root.pem. Devices do not
+# look at it: they trust the organisation's own root only.
+# cert = "/etc/ssl/adit/fullchain.pem"
+# key = "/etc/ssl/adit/privkey.pem"
+
 [p2p]
 # UDP ports that devices use for the direct path, FIRST-LAST.
 ports = "{ports}"
@@ -131,6 +155,21 @@ many_socket_probing = {many_socket_probing}
 ports = "{redirector}"
 "#
     )
+}
+
+/// Writes other hosts into the file in `dir`; everything else in it stays as it is, comments too.
+///
+/// # Errors
+/// [`Error::Config`], or what the system said.
+pub fn write_hosts(dir: &Path, hosts: &[String]) -> Result<(), Error> {
+    let path = dir.join(FILE);
+    let bad = |why: String| Error::Config { path: path.clone(), why };
+    let text = std::fs::read_to_string(&path).map_err(|error| bad(error.to_string()))?;
+    let mut document: toml_edit::DocumentMut =
+        text.parse().map_err(|error: toml_edit::TomlError| bad(error.to_string()))?;
+    document["hosts"] = toml_edit::value(hosts.iter().collect::<toml_edit::Array>());
+    store::write(dir, FILE, document.to_string().as_bytes(), Access::Public)?;
+    Ok(())
 }
 
 /// Reads the hosts of `--host NAME_OR_IP[,…]`.
@@ -201,6 +240,17 @@ mod tests {
         assert_eq!(format!("{:?}", config.p2p), format!("{:?}", P2p::default()));
         assert_eq!(config.reached_at(config.listen.https), ["a.example:443", "[::1]:443"]);
         assert!(config.check(Path::new("x")).is_ok());
+    }
+
+    #[test]
+    fn other_hosts_leave_everything_else_as_it_is() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let before = template(&["a.example".into()]);
+        std::fs::write(dir.path().join(FILE), &before).expect("writes");
+        write_hosts(dir.path(), &["b.example".into(), "192.0.2.1".into()]).expect("writes");
+        let after = std::fs::read_to_string(dir.path().join(FILE)).expect("reads");
+        assert_eq!(after, before.replace("[\"a.example\"]", "[\"b.example\", \"192.0.2.1\"]"));
+        assert_eq!(Config::load(dir.path()).expect("loads").hosts, ["b.example", "192.0.2.1"]);
     }
 
     #[test]

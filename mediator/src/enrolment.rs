@@ -1,31 +1,46 @@
 //! The mediator's side of one enrolment.
 
 use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
 
 use adit_client::enrol::{read_message, write_message};
-use adit_client::identity::certificate::{Authority, MAX_TAGS, Subject, is_name, is_tag, request_key};
+use adit_client::identity::certificate::{MAX_TAGS, Subject, is_name, is_tag, request_key};
 use adit_protocol::Role;
 use adit_protocol::enrol::{Granted, Outcome, Refused, Request, Response};
 use aws_lc_rs::digest::{SHA256, digest};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tracing::{info, warn};
 
+use crate::audit::Record;
+use crate::broker::{Broker, party};
 use crate::organisation::unix_now;
-use crate::store::{Candidate, Device, EnrolError, Store};
+use crate::store::{Candidate, Device, EnrolError};
 
 /// Hosts that a relay may name.
 const MAX_HOSTS: usize = 8;
 
 /// What enrolments need.
 pub struct Enroller {
-    /// Tokens and devices.
-    pub store: Store,
-    /// The enrolment key; `None` while it is offline.
-    pub authority: Option<Authority>,
-    /// Where devices reach the control channel: `HOST:PORT` each.
-    pub servers: Vec<String>,
-    /// Relays are told the key that signs tickets.
-    pub ticket_key: [u8; 32],
+    /// Tokens, devices, the enrolment key.
+    pub broker: Arc<Broker>,
+}
+
+/// What came of an enrolment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// A device was enrolled, or would have been if the mediator could.
+    Enrolled,
+    /// A wrong token, or a name that is taken.
+    Refused,
+}
+
+/// Why a device was not enrolled.
+enum Failed {
+    /// For good, with this token or these wishes.
+    Refused(String),
+    /// This time: the token is as good as before.
+    Unavailable(String),
 }
 
 impl Enroller {
@@ -33,26 +48,34 @@ impl Enroller {
     ///
     /// # Errors
     /// The stream's.
-    pub async fn serve<S: AsyncRead + AsyncWrite + Unpin>(&self, stream: &mut S) -> io::Result<()> {
+    pub async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
+        &self,
+        stream: &mut S,
+        from: SocketAddr,
+    ) -> io::Result<Verdict> {
         let request: Request = read_message(stream).await?;
-        let outcome = match self.enrol(&request).await {
-            Ok(granted) => Outcome::Granted(granted),
-            Err(message) => {
-                info!(message, "enrolment refused");
-                Outcome::Refused(Refused { message })
+        let (outcome, verdict) = match self.enrol(&request, from).await {
+            Ok(granted) => (Outcome::Granted(granted), Verdict::Enrolled),
+            Err(Failed::Refused(message)) => {
+                info!(%from, message, "enrolment refused");
+                (Outcome::Refused(Refused { message, unavailable: false }), Verdict::Refused)
+            }
+            Err(Failed::Unavailable(message)) => {
+                (Outcome::Refused(Refused { message, unavailable: true }), Verdict::Enrolled)
             }
         };
         write_message(stream, &Response { outcome: Some(outcome) }).await?;
-        stream.shutdown().await
+        stream.shutdown().await?;
+        Ok(verdict)
     }
 
-    async fn enrol(&self, request: &Request) -> Result<Granted, String> {
-        let Some(authority) = &self.authority else {
-            return Err(
-                "the enrolment key is offline: the operator puts root-key.pem back and restarts".into()
-            );
+    async fn enrol(&self, request: &Request, from: SocketAddr) -> Result<Granted, Failed> {
+        let broker = &self.broker;
+        let Some(authority) = broker.keyring.authority() else {
+            let message = "the enrolment key is offline: the operator puts root-key.pem back";
+            return Err(Failed::Unavailable(message.into()));
         };
-        let public_key = request_key(&request.csr).map_err(|error| error.to_string())?;
+        let public_key = request_key(&request.csr).map_err(|error| Failed::Refused(error.to_string()))?;
         let sane_host = |host: &String| (1..=253).contains(&host.len()) && host.bytes().all(is_host_byte);
         if !is_name(&request.name)
             || request.tags.len() > MAX_TAGS
@@ -60,7 +83,7 @@ impl Enroller {
             || request.hosts.len() > MAX_HOSTS
             || !request.hosts.iter().all(sane_host)
         {
-            return Err("name, tags or hosts are not acceptable".into());
+            return Err(Failed::Refused("name, tags or hosts are not acceptable".into()));
         }
         let sign = |device: &Device| {
             let subject = Subject {
@@ -77,25 +100,54 @@ impl Enroller {
             name: &request.name,
             tags: &request.tags,
             hosts: &request.hosts,
+            replace: request.replace,
             sign: &sign,
         };
-        let device = self.store.enrol(&candidate, unix_now()).await.map_err(|error| {
-            if let EnrolError::Database(error) = &error {
+        let enrolled = broker.store.enrol(&candidate, unix_now()).await.map_err(|error| match &error {
+            EnrolError::Database(cause) => {
+                warn!(%cause, "the database failed");
+                Failed::Unavailable(error.to_string())
+            }
+            EnrolError::NotSigned => Failed::Unavailable(error.to_string()),
+            _ => Failed::Refused(error.to_string()),
+        })?;
+        let device = enrolled.device;
+        if !enrolled.again {
+            info!(device = %device.id, role = %device.role, name = device.name, %from, "enrolled");
+            broker.directory.add(device.clone());
+            self.write_down("enrolled", &device, from).await;
+        }
+        if let Some(old) = enrolled.replaced {
+            info!(device = %old.id, name = old.name, "replaced: the old identity is revoked");
+            self.write_down("replaced", &old, from).await;
+            if let Err(error) = broker.reload().await {
                 warn!(%error, "the database failed");
             }
-            error.to_string()
-        })?;
-        info!(device = %device.id, role = %device.role, name = device.name, "enrolled");
+        }
+        let greeting = broker.greeting();
         Ok(Granted {
             device_id: device.id.0.to_vec(),
             certificate: device.certificate,
             root: authority.certificate().to_vec(),
             role: device.role.to_string(),
             name: device.name,
-            servers: self.servers.clone(),
+            servers: greeting.servers.clone(),
             tags: device.tags,
-            ticket_key: if device.role == Role::Relay { self.ticket_key.to_vec() } else { vec![] },
+            ticket_key: if device.role == Role::Relay { greeting.ticket_key.to_vec() } else { vec![] },
         })
+    }
+
+    async fn write_down(&self, event: &str, device: &Device, from: SocketAddr) {
+        let (from, tags) = (from.to_string(), device.tags.join(" "));
+        let record = Record {
+            device: Some(party(device)),
+            from: &from,
+            reason: &tags,
+            ..Record::new(event, unix_now())
+        };
+        if self.broker.audit.write(&record).await.is_err() {
+            warn!(event, "an audit record was lost");
+        }
     }
 }
 

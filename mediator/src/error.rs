@@ -28,6 +28,61 @@ pub enum Error {
     /// A tag of another form.
     #[error("{0:?} cannot be a tag")]
     Tag(String),
+    /// A name with other characters, or too many.
+    #[error("{0:?} cannot be a device's name")]
+    Name(String),
+    /// Another device has it.
+    #[error("{name:?} is taken by the device {id}")]
+    NameTaken {
+        /// The name.
+        name: String,
+        /// Who has it.
+        id: String,
+    },
+    /// No such device.
+    #[error("no device {wanted:?}{}", there_are(names))]
+    NoDevice {
+        /// What was asked for.
+        wanted: String,
+        /// Some that there are.
+        names: Vec<String>,
+    },
+    /// Several devices of that name.
+    #[error("devices of several roles are called {0:?}")]
+    Ambiguous(String),
+    /// No such grant.
+    #[error("{technician} has no grant {number}{}", there_are(has))]
+    NoGrant {
+        /// Its number.
+        number: i64,
+        /// Of this technician.
+        technician: String,
+        /// Those that it has.
+        has: Vec<String>,
+    },
+    /// No such host.
+    #[error("this server is not reached by {host:?}{}", there_are(hosts))]
+    NoHost {
+        /// What was named.
+        host: String,
+        /// Those that it has.
+        hosts: Vec<String>,
+    },
+    /// The enrolment key would be needed.
+    #[error("the enrolment key is offline, and {0}")]
+    KeyOffline(&'static str),
+    /// No record, no change.
+    #[error("the audit record cannot be written to {}: nothing was changed", .0.display())]
+    NotWritten(PathBuf),
+    /// The mediator that runs does not answer.
+    #[error(transparent)]
+    Admin(#[from] crate::admin::AskError),
+    /// The mediator that runs could not take note.
+    #[error("it is changed, but the mediator that runs has not taken note: {0}")]
+    NotTaken(String),
+    /// Another mediator runs on this directory.
+    #[error("a mediator runs on {} already", .0.display())]
+    Runs(PathBuf),
     /// A duration that cannot be read.
     #[error("{0:?} is not a duration")]
     Ttl(String),
@@ -84,6 +139,9 @@ pub enum Error {
     /// A certificate could not be made.
     #[error(transparent)]
     Certificate(#[from] CertificateError),
+    /// The certificate for browsers.
+    #[error(transparent)]
+    Https(#[from] crate::https::HttpsError),
     /// TLS could not be set up.
     #[error(transparent)]
     Tls(#[from] TlsError),
@@ -92,10 +150,21 @@ pub enum Error {
     Io(#[from] io::Error),
 }
 
+fn there_are(names: &[String]) -> String {
+    if names.is_empty() {
+        "; there are none".to_owned()
+    } else {
+        format!("; there are: {}", names.join(", "))
+    }
+}
+
 impl Failure for Error {
     fn exit(&self) -> Exit {
         match self {
-            Self::Certificate(_) | Self::Tls(_) | Self::Io(_) => Exit::Failed,
+            Self::Certificate(_) | Self::Tls(_) | Self::Io(_) | Self::NotWritten(_) | Self::NotTaken(_) => {
+                Exit::Failed
+            }
+            Self::Admin(_) => Exit::TimedOut,
             _ => Exit::Usage,
         }
     }
@@ -111,9 +180,24 @@ impl Failure for Error {
             Self::Tag(_) => {
                 "for example --tag site=berlin (A-Z a-z 0-9 . _ -, and : / @ + in the value)".into()
             }
+            Self::Name(_) => "choose 1 to 63 of A-Z a-z 0-9 . _ -".into(),
+            Self::NameTaken { .. } => "choose another, or revoke or rename that device first".into(),
+            Self::NoDevice { .. } => "list them all with adit-mediator devices".into(),
+            Self::Ambiguous(_) => "add --role, or give the device's id (adit-mediator devices --json)".into(),
+            Self::NoHost { .. } => "list them with adit-mediator hosts".into(),
+            Self::NoGrant { .. } => "list them with adit-mediator grants".into(),
+            Self::KeyOffline(_) => {
+                "put root-key.pem back into the directory, and take it away again afterwards".into()
+            }
+            Self::NotWritten(_) => {
+                "check that the disk is not full and that this user may write there".into()
+            }
+            Self::Admin(_) | Self::NotTaken(_) => "restart the mediator, or see its log for the cause".into(),
+            Self::Runs(_) => "stop that one first, or name another directory with --data".into(),
             Self::Ttl(_) => "for example --ttl 90s, 30m, 1h or 7d".into(),
             Self::TokenRole(_) => "choose agent, technician or relay".into(),
             Self::Config { .. } => "correct that line; init wrote every setting with its default".into(),
+            Self::Https(_) => "correct [https] cert and key, or leave both out".into(),
             Self::File(_) | Self::Key { .. } => "restore that file from your backup of the directory".into(),
             Self::Listen { setting, config, error, .. } => {
                 let why = match error.kind() {

@@ -5,24 +5,31 @@
 //! | --- | --- |
 //! | [`cli`] | the command line |
 //! | [`organisation`], [`config`] | the directory that `init` makes |
+//! | [`operator`], [`admin`] | the operator's commands, and how they tell a mediator that runs |
 //! | [`token`], [`enrolment`] | how devices get their identity |
-//! | [`store`] | what must last: devices and tokens |
+//! | [`store`], [`directory`] | what must last, and who is enrolled and may do what |
 //! | [`server`] | what listens where |
+//! | [`https`], [`browsers`] | the certificate that browsers see, and what they get |
 //! | [`channel`], [`presence`] | control channels, and who is there |
 //! | [`broker`], [`sessions`] | requests for sessions, and the sessions that live |
 //! | [`relays`] | relays and tickets for them |
 //! | [`audit`] | one line before each grant |
 //! | [`stun`] | 8002/udp |
 
+pub mod admin;
 pub mod audit;
 pub mod broker;
+pub mod browsers;
 pub mod channel;
 pub mod cli;
 pub mod config;
 pub mod demo;
+pub mod directory;
 pub mod enrolment;
 pub mod error;
+pub mod https;
 pub mod metrics;
+pub mod operator;
 pub mod organisation;
 pub mod presence;
 pub mod relays;

@@ -8,18 +8,20 @@
 //! | `ticket-key.pem` | signs tickets |
 //! | `relay-id` | device id of the embedded relay |
 //! | `config.toml` | settings |
-//! | `state.db` | devices and tokens |
+//! | `state.db` | devices, tokens, grants, lists of revoked certificates |
 //! | `audit.jsonl` | one line before each grant |
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use adit_client::identity::certificate::{Authority, DEVICE_VALIDITY, Subject, fingerprint};
 use adit_client::identity::store::{self, Access, certificate_pem, read_certificate};
 use adit_client::identity::{DeviceKey, Identity, Peer};
 use adit_protocol::{DeviceId, Role};
+use rustls::pki_types::CertificateDer;
 use tracing::{info, warn};
 
 use crate::config::{self, Config};
@@ -103,7 +105,8 @@ impl Organisation {
             ticket_key: None,
             certificate,
             root: read_certificate(dir, ROOT)?,
-            key: read_key(dir, SERVER_KEY)?,
+            key: Arc::new(read_key(dir, SERVER_KEY)?),
+            revoked: Arc::default(),
         };
         let mut organisation = Self {
             dir: dir.to_owned(),
@@ -121,11 +124,12 @@ impl Organisation {
     /// # Errors
     /// [`Error::Key`] when the file is there and damaged.
     pub fn authority(&self) -> Result<Option<Authority>, Error> {
-        if !self.dir.join(ROOT_KEY).exists() {
-            return Ok(None);
-        }
-        let key = read_key(&self.dir, ROOT_KEY)?;
-        Ok(Some(Authority::load(&key, self.identity.root.clone())?))
+        self.keyring().read()
+    }
+
+    /// The enrolment key for later.
+    pub fn keyring(&self) -> Keyring {
+        Keyring { dir: self.dir.clone(), root: self.identity.root.clone() }
     }
 
     /// What enrolment tokens pin.
@@ -154,6 +158,36 @@ impl Organisation {
     }
 }
 
+/// The enrolment key, read each time it is used: taken offline or put back, it counts at once.
+#[derive(Debug, Clone)]
+pub struct Keyring {
+    dir: PathBuf,
+    root: CertificateDer<'static>,
+}
+
+impl Keyring {
+    /// The enrolment key; `None` while it is offline. A damaged one counts as offline, and is logged.
+    pub fn authority(&self) -> Option<Authority> {
+        self.read().unwrap_or_else(|error| {
+            warn!(%error, "the enrolment key cannot be used");
+            None
+        })
+    }
+
+    /// The organisation's root.
+    pub fn root(&self) -> &CertificateDer<'static> {
+        &self.root
+    }
+
+    fn read(&self) -> Result<Option<Authority>, Error> {
+        if !self.dir.join(ROOT_KEY).exists() {
+            return Ok(None);
+        }
+        let key = read_key(&self.dir, ROOT_KEY)?;
+        Ok(Some(Authority::load(&key, self.root.clone())?))
+    }
+}
+
 /// Seconds since 1970-01-01 UTC.
 pub fn unix_now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs()
@@ -169,7 +203,7 @@ fn sign_server(
     key: &DeviceKey,
     device_id: DeviceId,
     hosts: &[String],
-) -> Result<rustls::pki_types::CertificateDer<'static>, Error> {
+) -> Result<CertificateDer<'static>, Error> {
     let subject = Subject { device_id, role: Role::Mediator, name: "mediator".into(), tags: vec![] };
     Ok(authority.sign_server(key, &subject, hosts, unix_now())?)
 }

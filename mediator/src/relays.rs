@@ -43,6 +43,19 @@ impl Relay {
             && sane(&self.stun)
     }
 
+    /// Leaves only the addresses on hosts that the operator gave when the relay was enrolled: one that was
+    /// taken over cannot send devices elsewhere.
+    pub fn keep_hosts(&mut self, enrolled: &[String]) {
+        let known = |address: &String| {
+            let host = address.rsplit_once(':').map_or("", |(host, _)| host).trim_matches(['[', ']']);
+            enrolled.iter().any(|known| known.eq_ignore_ascii_case(host))
+        };
+        self.addresses.retain(known);
+        if !known(&self.stun) {
+            self.stun.clear();
+        }
+    }
+
     fn hosts(&self) -> impl Iterator<Item = &str> {
         self.addresses.iter().filter_map(|address| address.rsplit_once(':')).map(|(host, _)| host)
     }
@@ -64,6 +77,15 @@ impl Relays {
         if list.len() < MAX_RELAYS {
             list.push(relay);
         }
+        news
+    }
+
+    /// A relay is reached at other addresses; says whether that is news.
+    pub fn moved(&self, id: DeviceId, addresses: Vec<String>) -> bool {
+        let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(relay) = list.iter_mut().find(|relay| relay.id == id) else { return false };
+        let news = relay.addresses != addresses;
+        relay.addresses = addresses;
         news
     }
 
@@ -142,19 +164,8 @@ mod tests {
         let addresses = vec![format!("{host}:8002")];
         let channel = (id != 0).then(crate::presence::Presence::default);
         let channel = channel.map(|presence| {
-            let device = crate::store::Device {
-                id: DeviceId([id; 16]),
-                role: Role::Relay,
-                name: "r".into(),
-                tags: vec![],
-                hosts: vec![],
-                public_key: [0; 32],
-                reach: Default::default(),
-                certificate: vec![],
-                software: String::new(),
-                last_seen: 0,
-            };
-            presence.channel(std::sync::Arc::new(device), tokio::sync::mpsc::channel(1).0).id
+            let arrival = crate::presence::arrival(Role::Relay, id, 1);
+            presence.channel(arrival, tokio::sync::mpsc::channel(1).0).id
         });
         Relay { id: DeviceId([id; 16]), epoch, addresses, stun: String::new(), channel }
     }
@@ -170,6 +181,18 @@ mod tests {
         assert_eq!(ids, [0, 2]);
         assert!(!relays.up(relay(2, "b", 1)));
         assert!(relays.up(relay(2, "b", 2)));
+    }
+
+    #[test]
+    fn a_relay_is_only_where_it_was_enrolled() {
+        let mut relay = relay(1, "a.example", 1);
+        relay.addresses.extend(["evil.example:8002".to_owned(), "[2001:db8::1]:8002".to_owned()]);
+        relay.stun = "evil.example:8002".to_owned();
+        relay.keep_hosts(&["A.example".to_owned(), "2001:db8::1".to_owned()]);
+        assert_eq!(relay.addresses, ["a.example:8002", "[2001:db8::1]:8002"]);
+        assert_eq!(relay.stun, "");
+        relay.keep_hosts(&["c.example".to_owned()]);
+        assert!(!relay.is_sane());
     }
 
     #[test]

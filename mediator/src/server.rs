@@ -2,14 +2,14 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use adit_client::dial::tune;
 use adit_client::identity::Peer;
 use adit_client::tls;
-use adit_protocol::{ALPN_CONTROL, ALPN_ENROL};
+use adit_protocol::{ALPN_CONTROL, ALPN_ENROL, DeviceId};
 use adit_relay::diagnostics::{self, Readiness};
 use prometheus_client::registry::Registry;
 use rustls::ServerConfig;
@@ -22,12 +22,15 @@ use tokio::time::timeout;
 use tokio_rustls::LazyConfigAcceptor;
 use tracing::{debug, error, info};
 
+use crate::admin;
 use crate::audit::Audit;
 use crate::broker::Broker;
+use crate::browsers::{self, ALPN_HTTP};
 use crate::channel::{self, Greeting};
 use crate::config::{self, Config};
 use crate::enrolment::Enroller;
 use crate::error::Error;
+use crate::https::{Certificates, Files};
 use crate::metrics;
 use crate::organisation::{AUDIT, DATABASE, Organisation};
 use crate::relays::Relay;
@@ -55,14 +58,27 @@ pub struct Mediator {
     diagnostics: TcpListener,
     registry: Registry,
     relay: Option<(Arc<adit_relay::Relay>, TcpListener)>,
+    admin: admin::Server,
+    certificates: Arc<Certificates>,
+    settings: Settings,
+}
+
+/// Settings that take effect while the server runs.
+struct Settings {
+    /// As it was started: ports do not change.
+    started: Config,
+    dir: PathBuf,
+    ticket_key: [u8; 32],
+    relay: Option<DeviceId>,
+    certificates: Arc<Certificates>,
 }
 
 /// What is behind port 443, by ALPN.
 struct Doors {
     control: Arc<ServerConfig>,
+    browsers: Arc<ServerConfig>,
     enrol: Arc<ServerConfig>,
     broker: Arc<Broker>,
-    greeting: Arc<Greeting>,
     enroller: Enroller,
     channels: Arc<Semaphore>,
 }
@@ -74,20 +90,29 @@ impl Mediator {
     /// [`Error`]; of a port that is taken with the setting to change.
     pub async fn bind(organisation: Organisation, with_relay: bool) -> Result<Self, Error> {
         let Organisation { dir, config, identity, ticket_key, relay_id } = &organisation;
+        let admin = admin::Server::bind(dir).await.map_err(|error| match error.kind() {
+            std::io::ErrorKind::AddrInUse => Error::Runs(dir.clone()),
+            _ => Error::Io(error),
+        })?;
         let https = listen(dir, "https", config.listen.https).await?;
         let diagnostics = listen(dir, "diagnostics", config.listen.diagnostics).await?;
         let udp = config.listen.udp;
         let udp = UdpSocket::bind(udp).await.map_err(|error| cannot_listen(dir, "udp", udp, error))?;
         let seed = ticket_key.to_seed_and_public();
         let seed = seed.map_err(|error| Error::Key { path: dir.join("ticket-key.pem"), error })?;
+        let database = |error| Error::Database { path: dir.join(DATABASE), error };
         let store = Store::open(&dir.join(DATABASE)).await?;
-        let broker = Broker::new(store.clone(), Audit::open(&dir.join(AUDIT))?, seed);
+        let audit = Audit::open(&dir.join(AUDIT))?;
+        let broker = Broker::new(store, audit, organisation.keyring(), seed).await.map_err(database)?;
+        broker.set_greeting(greeting(config, ticket_key.public_key()));
+        broker.load_list().await.map_err(database)?;
         let mut registry = Registry::default();
         metrics::register(&mut registry, broker.clone());
         let relay = if with_relay {
             let relay = adit_relay::Relay::new(adit_relay::Config::new(*relay_id));
             relay.set_ticket_key(ticket_key.public_key());
             relay.register(&mut registry);
+            broker.embed(relay.clone());
             let listener = listen(dir, "relay", config.listen.relay).await?;
             let addresses = config.reached_at(config.listen.relay);
             let epoch = relay.epoch();
@@ -98,17 +123,18 @@ impl Mediator {
         } else {
             None
         };
+        let certificates = match (&config.https.cert, &config.https.key) {
+            (Some(certificate), Some(key)) => {
+                Certificates::open(Files { certificate: certificate.clone(), key: key.clone() })?
+            }
+            _ => Certificates::own(dir, &config.hosts)?,
+        };
         let doors = Arc::new(Doors {
             control: Arc::new(tls::control_server(identity)?),
+            browsers: Arc::new(browsers::config(certificates.clone()).map_err(tls::TlsError::from)?),
             enrol: Arc::new(tls::enrol_server(identity)?),
             broker: broker.clone(),
-            greeting: Arc::new(greeting(config, ticket_key.public_key())),
-            enroller: Enroller {
-                store,
-                authority: organisation.authority()?,
-                servers: identity.servers.clone(),
-                ticket_key: ticket_key.public_key(),
-            },
+            enroller: Enroller { broker: broker.clone() },
             channels: Arc::new(Semaphore::new(MAX_CHANNELS)),
         });
         info!(
@@ -118,7 +144,14 @@ impl Mediator {
             diagnostics = %config.listen.diagnostics,
             "ready"
         );
-        Ok(Self { broker, doors, https, udp, diagnostics, registry, relay })
+        let settings = Settings {
+            started: config.clone(),
+            dir: dir.clone(),
+            ticket_key: ticket_key.public_key(),
+            relay: relay.as_ref().map(|_| *relay_id),
+            certificates: certificates.clone(),
+        };
+        Ok(Self { broker, doors, https, udp, diagnostics, registry, relay, admin, certificates, settings })
     }
 
     /// The broker, for what else runs in this process.
@@ -156,6 +189,18 @@ impl Mediator {
             broker.look_after().await;
             Ok(())
         });
+        let (admin, broker) = (self.admin, self.broker.clone());
+        let settings = self.settings;
+        let applied = broker.clone();
+        tasks.spawn(async move {
+            admin.serve(broker, || settings.apply(&applied)).await;
+            Ok(())
+        });
+        let (certificates, broker) = (self.certificates, self.broker.clone());
+        tasks.spawn(async move {
+            certificates.watch(|| broker.hosts()).await;
+            Ok(())
+        });
         tasks.spawn(accept_all(self.https, self.doors));
 
         let outcome = tokio::select! {
@@ -172,8 +217,23 @@ impl Mediator {
         ready.set(false);
         drop(stop);
         tasks.shutdown().await;
+        self.broker.flush().await;
         self.broker.store.close().await;
         outcome
+    }
+}
+
+impl Settings {
+    /// Reads the configuration again. Hosts count at once; everything else at the next start.
+    fn apply(&self, broker: &Broker) -> Result<(), Error> {
+        let hosts = Config::load(&self.dir)?.hosts;
+        let config = Config { hosts, ..self.started.clone() };
+        self.certificates.refresh(&config.hosts);
+        if let Some(relay) = self.relay {
+            broker.relay_moved(relay, config.reached_at(config.listen.relay));
+        }
+        broker.set_greeting(greeting(&config, self.ticket_key));
+        Ok(())
     }
 }
 
@@ -184,10 +244,10 @@ async fn accept_all(listener: TcpListener, doors: Arc<Doors>) -> std::io::Result
     loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => {
+                Ok((stream, from)) => {
                     tune(&stream);
                     if let Ok(permit) = unauthenticated.clone().try_acquire_owned() {
-                        connections.spawn(doors.clone().enter(stream, permit));
+                        connections.spawn(doors.clone().enter(stream, from, permit));
                     }
                 }
                 Err(error) => {
@@ -201,12 +261,13 @@ async fn accept_all(listener: TcpListener, doors: Arc<Doors>) -> std::io::Result
 }
 
 impl Doors {
-    async fn enter(self: Arc<Self>, stream: TcpStream, permit: OwnedSemaphorePermit) {
-        match timeout(AUTHENTICATE, self.authenticate(stream)).await {
+    async fn enter(self: Arc<Self>, stream: TcpStream, from: SocketAddr, permit: OwnedSemaphorePermit) {
+        let from = SocketAddr::new(from.ip().to_canonical(), from.port());
+        match timeout(AUTHENTICATE, self.authenticate(stream, from)).await {
             Ok(Ok(Some((stream, peer)))) => {
                 drop(permit);
                 if let Ok(_place) = self.channels.clone().try_acquire_owned() {
-                    channel::serve(stream, peer, self.broker.clone(), self.greeting.clone()).await;
+                    channel::serve(stream, peer, from, self.broker.clone()).await;
                 }
             }
             Ok(Ok(None)) => {}
@@ -219,6 +280,7 @@ impl Doors {
     async fn authenticate(
         &self,
         stream: TcpStream,
+        from: SocketAddr,
     ) -> std::io::Result<Option<(tokio_rustls::server::TlsStream<TcpStream>, Peer)>> {
         let hello = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
         let offers = |wanted: &[u8]| {
@@ -238,7 +300,9 @@ impl Doors {
         }
         if offers(ALPN_ENROL) {
             let mut stream = hello.into_stream(self.enrol.clone()).await?;
-            self.enroller.serve(&mut stream).await?;
+            self.enroller.serve(&mut stream, from).await?;
+        } else if offers(ALPN_HTTP) || hello.client_hello().alpn().is_none() {
+            browsers::serve(hello, self.browsers.clone()).await?;
         }
         Ok(None)
     }
@@ -263,7 +327,13 @@ async fn linger(mut stream: TcpStream) {
 }
 
 fn greeting(config: &Config, ticket_key: [u8; 32]) -> Greeting {
-    Greeting { stun: config.reached_at(config.listen.udp), p2p_ports: config.p2p.ports.clone(), ticket_key }
+    Greeting {
+        hosts: config.hosts.clone(),
+        servers: config.reached_at(config.listen.https),
+        stun: config.reached_at(config.listen.udp),
+        p2p_ports: config.p2p.ports.clone(),
+        ticket_key,
+    }
 }
 
 async fn listen(dir: &Path, setting: &'static str, address: SocketAddr) -> Result<TcpListener, Error> {

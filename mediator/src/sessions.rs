@@ -24,6 +24,8 @@ const MAX_OF_AGENT: usize = 1024;
 const KEEP: Duration = Duration::from_secs(60 * 60);
 /// How long one end's word for a session that the mediator does not know is kept.
 const KEEP_CLAIM: Duration = Duration::from_secs(24 * 60 * 60);
+/// Moves from carrier to carrier that are written down in a minute, of one session.
+const MOVES: u32 = 10;
 /// Within this time the two ends' wishes for new tickets are one wish.
 const SAME_WISH: Duration = Duration::from_secs(2);
 
@@ -57,12 +59,26 @@ pub struct Session {
     wished: Option<(Role, Instant)>,
     /// Since when both ends have been away.
     away: Option<Instant>,
+    /// The carrier that the agent named last.
+    carrier: String,
+    /// Changes of it that may still be written down in this minute, and when it began.
+    moves: (u32, Instant),
 }
 
 impl Session {
     /// A session that begins now.
     pub fn new(id: SessionId, technician: End, agent: End, now: Instant) -> Self {
-        Self { id, technician, agent, granted: vec![], ticketed: now, wished: None, away: None }
+        Self {
+            id,
+            technician,
+            agent,
+            granted: vec![],
+            ticketed: now,
+            wished: None,
+            away: None,
+            carrier: String::new(),
+            moves: (MOVES, now),
+        }
     }
 
     /// The end that has this role.
@@ -157,8 +173,15 @@ impl Sessions {
         self.claims.remove(&id).map(|claim| claim.channel)
     }
 
-    /// Takes note of the sessions that live at a device which has just come (back).
-    pub fn greet(&mut self, channel: &Channel, named: &[LiveSession], now: Instant) -> Greeted {
+    /// Takes note of the sessions that live at a device which has just come (back). `permits` says whether a
+    /// technician may reach an agent.
+    pub fn greet(
+        &mut self,
+        channel: &Channel,
+        named: &[LiveSession],
+        permits: impl Fn(DeviceId, DeviceId) -> bool,
+        now: Instant,
+    ) -> Greeted {
         let device = &channel.device;
         let mut greeted = Greeted::default();
         let named: Vec<(SessionId, DeviceId)> = named
@@ -189,7 +212,7 @@ impl Sessions {
                     session.attach(device.role, channel)
                 }
                 Some(_) => {}
-                None => self.claim(id, peer, channel, now, &mut greeted),
+                None => self.claim(id, peer, channel, &permits, now, &mut greeted),
             }
         }
         greeted
@@ -226,6 +249,27 @@ impl Sessions {
         }
     }
 
+    /// Notes which carrier a session runs on, in the agent's word; says whether that is the first. `None` when
+    /// it is no news, or more of it than anybody wants to read.
+    pub fn tier(
+        &mut self,
+        id: SessionId,
+        device: &Device,
+        carrier: &str,
+        now: Instant,
+    ) -> Option<(Session, bool)> {
+        let session = self.live.get_mut(&id).filter(|session| session.agent.device.id == device.id)?;
+        if now.duration_since(session.moves.1) >= Duration::from_secs(60) {
+            session.moves = (MOVES, now);
+        }
+        if session.carrier == carrier || session.moves.0 == 0 {
+            return None;
+        }
+        session.moves.0 -= 1;
+        let first = std::mem::replace(&mut session.carrier, carrier.to_owned()).is_empty();
+        Some((session.clone(), first))
+    }
+
     /// Notes which relays both ends hold tickets for.
     pub fn ticketed(&mut self, id: SessionId, granted: Vec<(DeviceId, u64)>, now: Instant) {
         if let Some(session) = self.live.get_mut(&id) {
@@ -253,12 +297,24 @@ impl Sessions {
         self.live.values().filter(stale).map(|session| session.id).collect()
     }
 
+    /// Takes out the sessions that are no longer permitted.
+    pub fn forbid(&mut self, permits: impl Fn(DeviceId, DeviceId) -> bool) -> Vec<Session> {
+        let forbidden = |session: &&Session| !permits(session.technician.device.id, session.agent.device.id);
+        let ids: Vec<SessionId> = self.live.values().filter(forbidden).map(|session| session.id).collect();
+        ids.iter().filter_map(|id| self.live.remove(id)).collect()
+    }
+
     /// Forgets sessions whose ends have both been away for long, and old claims.
     pub fn expire(&mut self, now: Instant) -> Vec<Session> {
         self.claims.retain(|_, claim| now.duration_since(claim.since) < KEEP_CLAIM);
         let lost = |session: &&Session| session.away.is_some_and(|since| now.duration_since(since) >= KEEP);
         let lost: Vec<SessionId> = self.live.values().filter(lost).map(|session| session.id).collect();
         lost.iter().filter_map(|id| self.live.remove(id)).collect()
+    }
+
+    /// All sessions.
+    pub fn ids(&self) -> Vec<SessionId> {
+        self.live.keys().copied().collect()
     }
 
     /// How many sessions there are.
@@ -277,6 +333,7 @@ impl Sessions {
         id: SessionId,
         peer: DeviceId,
         channel: &Channel,
+        permits: &impl Fn(DeviceId, DeviceId) -> bool,
         now: Instant,
         greeted: &mut Greeted,
     ) {
@@ -300,7 +357,7 @@ impl Sessions {
             Role::Technician => (channel.clone(), other.channel),
             _ => (other.channel, channel.clone()),
         };
-        if !technician.device.reach.covers(&agent.device.tags) {
+        if !permits(technician.device.id, agent.device.id) {
             greeted.forbidden.push((id, technician, agent));
             return;
         }
@@ -321,22 +378,9 @@ impl Sessions {
 mod tests {
     use super::*;
     use crate::presence::Presence;
-    use crate::store::Reach;
 
     fn channel(presence: &Presence, role: Role, id: u8) -> Channel {
-        let device = Device {
-            id: DeviceId([id; 16]),
-            role,
-            name: "x".into(),
-            tags: vec![],
-            hosts: vec![],
-            public_key: [0; 32],
-            reach: Reach { tags: vec![], all: true },
-            certificate: vec![],
-            software: String::new(),
-            last_seen: 0,
-        };
-        presence.channel(Arc::new(device), tokio::sync::mpsc::channel(1).0)
+        presence.channel(crate::presence::arrival(role, id, 1), tokio::sync::mpsc::channel(1).0)
     }
 
     fn session(id: u8, technician: &Channel, agent: &Channel, now: Instant) -> Session {
@@ -380,6 +424,19 @@ mod tests {
     }
 
     #[test]
+    fn what_is_no_longer_permitted_is_taken_out() {
+        let (presence, now) = (Presence::default(), Instant::now());
+        let agent = channel(&presence, Role::Agent, 2);
+        let mut sessions = Sessions::default();
+        for id in [1, 3] {
+            sessions.insert(session(id, &channel(&presence, Role::Technician, id), &agent, now));
+        }
+        let ended = sessions.forbid(|technician, _| technician == DeviceId([3; 16]));
+        assert_eq!(ended.iter().map(|session| session.id).collect::<Vec<_>>(), [SessionId([1; 16])]);
+        assert_eq!(sessions.len(), 1);
+    }
+
+    #[test]
     fn nobody_else_can_end_or_take_a_session() {
         let (presence, now) = (Presence::default(), Instant::now());
         let (technician, agent) =
@@ -392,7 +449,7 @@ mod tests {
         for (other, peer) in [(&rival, 2), (&thief, 1)] {
             assert!(sessions.remove(id, &other.device).is_none());
             assert!(!sessions.wish(id, &other.device, now));
-            let greeted = sessions.greet(other, &[named(peer)], now);
+            let greeted = sessions.greet(other, &[named(peer)], |_, _| true, now);
             assert!(greeted.restored.is_empty() && greeted.gone.is_empty());
             assert_ne!(
                 sessions.get(id).and_then(|s| s.end(other.device.role).channel.as_ref()).map(|c| c.id),
@@ -400,8 +457,8 @@ mod tests {
             );
         }
         // Two strangers that name each other's session do not get it either.
-        assert!(sessions.greet(&rival, &[named(4)], now).restored.is_empty());
-        assert!(sessions.greet(&thief, &[named(3)], now).restored.is_empty());
+        assert!(sessions.greet(&rival, &[named(4)], |_, _| true, now).restored.is_empty());
+        assert!(sessions.greet(&thief, &[named(3)], |_, _| true, now).restored.is_empty());
         assert!(sessions.remove(id, &agent.device).is_some());
     }
 }

@@ -24,6 +24,8 @@ pub struct Wanted {
     pub tags: Vec<String>,
     /// Technicians only: reaches every agent.
     pub all_agents: bool,
+    /// A device may take the name of another although the token has several uses.
+    pub may_replace: bool,
 }
 
 /// Makes a token of the organisation in `dir`.
@@ -48,6 +50,8 @@ pub async fn make(dir: &Path, wanted: Wanted) -> Result<EnrolmentToken, Error> {
         role: wanted.role,
         tags: wanted.tags,
         all_agents: wanted.all_agents,
+        // Who holds a token for a whole rollout must not be able to pose as a device that is there.
+        may_replace: wanted.may_replace || wanted.uses == 1,
         uses: wanted.uses,
         expires: unix_now().saturating_add(wanted.ttl),
     };
@@ -55,6 +59,7 @@ pub async fn make(dir: &Path, wanted: Wanted) -> Result<EnrolmentToken, Error> {
     added.map_err(|error| Error::Database { path: dir.join(DATABASE), error })?;
     store.close().await;
     Ok(EnrolmentToken {
+        role: wanted.role,
         fingerprint: organisation.fingerprint()?,
         secret,
         servers: organisation.identity.servers,

@@ -13,7 +13,7 @@ pub const MAX_MESSAGE: usize = 1024 * 1024;
 #[derive(Clone, PartialEq, Message)]
 pub struct ToMediator {
     /// The message.
-    #[prost(oneof = "Up", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+    #[prost(oneof = "Up", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
     pub message: Option<Up>,
 }
 
@@ -44,13 +44,16 @@ pub enum Up {
     /// A relay says where it is. Sent after `Hello`.
     #[prost(message, tag = "8")]
     RelayUp(RelayUp),
+    /// An agent says on which tier a session runs, for the audit.
+    #[prost(message, tag = "9")]
+    Tier(Tier),
 }
 
 /// From the mediator to a device.
 #[derive(Clone, PartialEq, Message)]
 pub struct ToDevice {
     /// The message.
-    #[prost(oneof = "Down", tags = "1, 2, 3, 4, 5, 6, 7, 8")]
+    #[prost(oneof = "Down", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
     pub message: Option<Down>,
 }
 
@@ -81,6 +84,12 @@ pub enum Down {
     /// Fresh tickets for a session; they replace those held for the same relays.
     #[prost(message, tag = "8")]
     Tickets(Tickets),
+    /// What this device is has changed: to be verified, kept, and used from now on.
+    #[prost(message, tag = "9")]
+    Update(Update),
+    /// The newest list of revoked certificates.
+    #[prost(message, tag = "10")]
+    Revocations(Revocations),
 }
 
 /// Version and software of a device.
@@ -95,6 +104,12 @@ pub struct Hello {
     /// Sessions that live at this end, so that a restarted mediator knows them and can renew tickets.
     #[prost(message, repeated, tag = "3")]
     pub sessions: Vec<LiveSession>,
+    /// Random number of this process: two that stay online with one identity are a cloned machine.
+    #[prost(uint64, tag = "4")]
+    pub instance: u64,
+    /// Number of the newest list of revoked certificates that this device has; 0: none.
+    #[prost(uint64, tag = "5")]
+    pub revocations: u64,
 }
 
 /// A session that outlived the mediator or the channel.
@@ -129,6 +144,9 @@ pub struct Welcome {
     /// Relays only: the key that signs tickets.
     #[prost(bytes = "vec", tag = "6")]
     pub ticket_key: Vec<u8>,
+    /// Where the control channel is reached from now on: `HOST:PORT` each. Empty: as before.
+    #[prost(string, repeated, tag = "7")]
+    pub servers: Vec<String>,
 }
 
 /// See [`Up::List`].
@@ -330,6 +348,43 @@ pub struct RelayUp {
     /// `HOST:PORT` (UDP) of its STUN server; empty: none.
     #[prost(string, tag = "3")]
     pub stun: String,
+}
+
+/// See [`Up::Tier`].
+#[derive(Clone, PartialEq, Message)]
+pub struct Tier {
+    /// Session id.
+    #[prost(bytes = "vec", tag = "1")]
+    pub session: Vec<u8>,
+    /// `direct`, `relay` or `redirector`.
+    #[prost(string, tag = "2")]
+    pub tier: String,
+    /// Name of the carrier.
+    #[prost(string, tag = "3")]
+    pub carrier: String,
+    /// Why, for people.
+    #[prost(string, tag = "4")]
+    pub reason: String,
+}
+
+/// See [`Down::Update`].
+#[derive(Clone, PartialEq, Message)]
+pub struct Update {
+    /// A new certificate (DER) for the same device, role and key. Empty: as before.
+    #[prost(bytes = "vec", tag = "1")]
+    pub certificate: Vec<u8>,
+    /// As in [`Welcome::servers`].
+    #[prost(string, repeated, tag = "2")]
+    pub servers: Vec<String>,
+}
+
+/// See [`Down::Revocations`].
+#[derive(Clone, PartialEq, Message)]
+pub struct Revocations {
+    /// X.509 certificate revocation list (DER, RFC 5280 section 5), signed by the organisation's root. Its
+    /// number grows.
+    #[prost(bytes = "vec", tag = "1")]
+    pub list: Vec<u8>,
 }
 
 /// Why a request was not granted.

@@ -30,6 +30,9 @@ pub struct Request {
     /// Relays only: the names and addresses that clients use.
     #[prost(string, repeated, tag = "6")]
     pub hosts: Vec<String>,
+    /// The machine was installed anew: the device that has the name now is revoked.
+    #[prost(bool, tag = "7")]
+    pub replace: bool,
 }
 
 /// What the mediator answers.
@@ -86,4 +89,7 @@ pub struct Refused {
     /// One line with the remedy, for people.
     #[prost(string, tag = "1")]
     pub message: String,
+    /// The mediator failed; the token is as good as before.
+    #[prost(bool, tag = "2")]
+    pub unavailable: bool,
 }

@@ -1,23 +1,29 @@
 //! Enrolment tokens: the one text that a new device needs to trust its organisation and be trusted.
 //!
-//! `adit1.` followed by the base64url (no padding) of: fingerprint of the enrolment key (32 bytes,
-//! SHA-256 of its SubjectPublicKeyInfo), secret (16 bytes), and the mediator's addresses as
-//! `HOST:PORT`, comma separated.
+//! `adit1.` followed by the base64url (no padding) of: the role that it enrols (1 byte: `a`gent,
+//! `t`echnician, `r`elay), fingerprint of the enrolment key (32 bytes, SHA-256 of its
+//! SubjectPublicKeyInfo), secret (16 bytes), and the mediator's addresses as `HOST:PORT`, comma separated.
 
 use std::fmt;
 use std::str::FromStr;
 
 use data_encoding::BASE64URL_NOPAD;
 
+use crate::id::Role;
+
 const PREFIX: &str = "adit1.";
 const FINGERPRINT: usize = 32;
 const SECRET: usize = 16;
+/// Those that tokens enrol.
+const ROLES: [Role; 3] = [Role::Agent, Role::Technician, Role::Relay];
 /// More than any sensible list of addresses needs.
 const MAX_TEXT: usize = 4096;
 
 /// A parsed token. [`fmt::Display`] gives the text; [`fmt::Debug`] hides the secret.
 #[derive(Clone, PartialEq, Eq)]
 pub struct EnrolmentToken {
+    /// What it enrols, so that a device knows before it spends the token. The mediator's word counts.
+    pub role: Role,
     /// SHA-256 over the SubjectPublicKeyInfo of the organisation's enrolment key.
     pub fingerprint: [u8; FINGERPRINT],
     /// 128 random bits; the mediator keeps only their SHA-256.
@@ -29,6 +35,7 @@ pub struct EnrolmentToken {
 impl fmt::Display for EnrolmentToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut bytes = Vec::with_capacity(FINGERPRINT + SECRET + 64);
+        bytes.push(self.role.as_str().as_bytes()[0]);
         bytes.extend_from_slice(&self.fingerprint);
         bytes.extend_from_slice(&self.secret);
         bytes.extend_from_slice(self.servers.join(",").as_bytes());
@@ -38,7 +45,10 @@ impl fmt::Display for EnrolmentToken {
 
 impl fmt::Debug for EnrolmentToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("EnrolmentToken").field("servers", &self.servers).finish_non_exhaustive()
+        f.debug_struct("EnrolmentToken")
+            .field("role", &self.role)
+            .field("servers", &self.servers)
+            .finish_non_exhaustive()
     }
 }
 
@@ -51,7 +61,10 @@ impl FromStr for EnrolmentToken {
         }
         let encoded = text.strip_prefix(PREFIX).ok_or(InvalidToken)?;
         let bytes = BASE64URL_NOPAD.decode(encoded.as_bytes()).map_err(|_| InvalidToken)?;
-        let (fingerprint, rest) = bytes.split_first_chunk::<FINGERPRINT>().ok_or(InvalidToken)?;
+        let (&initial, rest) = bytes.split_first().ok_or(InvalidToken)?;
+        let role =
+            ROLES.into_iter().find(|role| role.as_str().as_bytes()[0] == initial).ok_or(InvalidToken)?;
+        let (fingerprint, rest) = rest.split_first_chunk::<FINGERPRINT>().ok_or(InvalidToken)?;
         let (secret, servers) = rest.split_first_chunk::<SECRET>().ok_or(InvalidToken)?;
         let servers = std::str::from_utf8(servers).map_err(|_| InvalidToken)?;
         let servers: Vec<String> = servers.split(',').map(str::to_owned).collect();
@@ -63,7 +76,7 @@ impl FromStr for EnrolmentToken {
         if !servers.iter().all(is_address) {
             return Err(InvalidToken);
         }
-        Ok(Self { fingerprint: *fingerprint, secret: *secret, servers })
+        Ok(Self { role, fingerprint: *fingerprint, secret: *secret, servers })
     }
 }
 
@@ -78,6 +91,7 @@ mod tests {
 
     fn sample() -> EnrolmentToken {
         EnrolmentToken {
+            role: Role::Agent,
             fingerprint: [0x11; 32],
             secret: [0x22; 16],
             servers: vec!["adit.example.org:443".into(), "[2001:db8::1]:443".into()],
@@ -89,7 +103,7 @@ mod tests {
         let text = sample().to_string();
         assert_eq!(
             text,
-            "adit1.EREREREREREREREREREREREREREREREREREREREREREiIiIiIiIiIiIiIiIiIiIiYWRpdC5leGFtcGxlLm9yZzo0NDMsWzIwMDE6ZGI4OjoxXTo0NDM"
+            "adit1.YRERERERERERERERERERERERERERERERERERERERERERIiIiIiIiIiIiIiIiIiIiImFkaXQuZXhhbXBsZS5vcmc6NDQzLFsyMDAxOmRiODo6MV06NDQz"
         );
         assert_eq!(text.parse(), Ok(sample()));
         assert_eq!(format!("  {text}\n").parse(), Ok(sample()));

@@ -100,6 +100,9 @@ impl Enroll {
         let text =
             if self.token == "-" { io::read_to_string(io::stdin().take(MAX_INPUT))? } else { self.token };
         let token: EnrolmentToken = text.parse().map_err(EnrolError::from)?;
+        if token.role != Role::Relay {
+            return Err(EnrollError::OtherRole(token.role));
+        }
         let dir = self.data.dir().ok_or(EnrollError::NoHome)?;
         let wanted = Enrolment {
             dir: dir.clone(),
@@ -109,9 +112,6 @@ impl Enroll {
             replace: self.replace,
         };
         let identity = enrol(&token, &wanted).await?;
-        if identity.role != Role::Relay {
-            return Err(EnrollError::OtherRole(identity.role));
-        }
         let file = dir.join(config::FILE);
         if file.exists() {
             println!("{} stays as it is", file.display());
@@ -173,7 +173,7 @@ enum EnrollError {
     Enrol(#[from] EnrolError),
     #[error(transparent)]
     Store(#[from] StoreError),
-    #[error("the token was for the role {0}; this machine is enrolled as that, and not as a relay")]
+    #[error("this token is for the role {0}")]
     OtherRole(Role),
     #[error("this user has no home directory to keep state in")]
     NoHome,
@@ -186,8 +186,7 @@ impl Failure for EnrollError {
         match self {
             Self::Enrol(error) => error.exit(),
             Self::Store(error) => error.exit(),
-            Self::OtherRole(_) => Exit::Refused,
-            Self::NoHome | Self::Input(_) => Exit::Usage,
+            Self::OtherRole(_) | Self::NoHome | Self::Input(_) => Exit::Usage,
         }
     }
 
@@ -196,7 +195,7 @@ impl Failure for EnrollError {
             Self::Enrol(error) => error.remedy(),
             Self::Store(error) => error.remedy(),
             Self::OtherRole(_) => {
-                Some("ask for a token of `adit-mediator token --role relay` and add --replace".into())
+                Some("ask for one of `adit-mediator token --role relay`; this one is not spent".into())
             }
             Self::NoHome => Some("name a directory with --data".into()),
             Self::Input(_) => {

@@ -46,6 +46,8 @@ pub(crate) enum End {
     ByteCap,
     /// The tickets' time limit.
     TimeCap,
+    /// One of the two devices was revoked.
+    Revoked,
 }
 
 /// Forwards between two legs until both directions have ended. Dropping it closes both.

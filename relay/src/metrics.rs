@@ -54,6 +54,8 @@ pub enum Reason {
     Replaced,
     /// The two tickets do not name each other.
     Mismatch,
+    /// One of the ticket's devices was revoked.
+    Revoked,
     /// The relay is full.
     Busy,
 }
@@ -81,6 +83,7 @@ impl Reason {
             Reason::NoPeer => "no_peer",
             Reason::Replaced => "replaced",
             Reason::Mismatch => "mismatch",
+            Reason::Revoked => "revoked",
             Reason::Busy => "busy",
         }
     }

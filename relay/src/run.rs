@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use adit_client::control::{Control, State, hello, maintain};
 use adit_client::exit::{Exit, Failure};
-use adit_client::identity::Identity;
-use adit_client::identity::store::{self, StoreError};
+use adit_client::identity::Live;
+use adit_client::identity::store::StoreError;
 use adit_protocol::Role;
-use adit_protocol::control::{RelayUp, Up};
+use adit_protocol::control::{Down, RelayUp, Up};
 use prometheus_client::registry::Registry;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -38,7 +38,8 @@ pub struct Overrides {
 /// # Errors
 /// [`RunError`] when it cannot start.
 pub async fn run(dir: &Path, overrides: Overrides) -> Result<(), RunError> {
-    let identity = store::load(dir)?;
+    let live = Live::load(dir)?;
+    let identity = live.get();
     if identity.role != Role::Relay {
         return Err(RunError::OtherRole(identity.role));
     }
@@ -87,7 +88,7 @@ pub async fn run(dir: &Path, overrides: Overrides) -> Result<(), RunError> {
         addresses: hosts.iter().map(|host| host_port(host, relay_port)).collect(),
         stun: stun_address,
     };
-    tasks.spawn(register(identity, relay, announcement, readiness));
+    tasks.spawn(register(live, relay, announcement, readiness));
 
     told_to_stop().await?;
     info!("stopping");
@@ -97,11 +98,13 @@ pub async fn run(dir: &Path, overrides: Overrides) -> Result<(), RunError> {
 }
 
 /// Stays registered with the mediator for ever. While there is none, pairs go on.
-async fn register(identity: Identity, relay: Arc<Relay>, announcement: RelayUp, readiness: Readiness) {
+async fn register(live: Arc<Live>, relay: Arc<Relay>, announcement: RelayUp, readiness: Readiness) {
+    let identity = live.get();
     if let Some(key) = identity.ticket_key {
         relay.set_ticket_key(key);
     }
-    let (control, mut messages) = maintain(Arc::new(identity), || hello(Vec::new()));
+    relay.set_revoked(identity.revoked.newest());
+    let (control, mut messages) = maintain(live.clone(), || hello(Vec::new()));
     let mut state = control.state();
     loop {
         let registered = match &*state.borrow_and_update() {
@@ -114,7 +117,7 @@ async fn register(identity: Identity, relay: Arc<Relay>, announcement: RelayUp, 
                 }
                 true
             }
-            State::Disconnected { reason, exit: Exit::Refused } => {
+            State::Disconnected { reason, exit: Exit::Refused, .. } => {
                 error!(reason, "the mediator does not accept this relay; enrol it again with a new token");
                 false
             }
@@ -131,8 +134,11 @@ async fn register(identity: Identity, relay: Arc<Relay>, announcement: RelayUp, 
                     Ok(()) => break,
                     Err(_) => return,
                 },
-                // Nothing that a mediator says later concerns a relay yet.
-                message = messages.recv() => if message.is_none() { return },
+                message = messages.recv() => match message {
+                    Some(Down::Revocations(_)) => relay.set_revoked(live.get().revoked.newest()),
+                    Some(_) => {}
+                    None => return,
+                },
             }
         }
     }

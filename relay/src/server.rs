@@ -6,6 +6,7 @@ use std::net::Shutdown;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use adit_client::identity::revocation::Revocations;
 use adit_protocol::DeviceId;
 use adit_protocol::leg::{self, LegError, Status};
 use adit_protocol::ticket::{Ticket, TicketError};
@@ -14,7 +15,7 @@ use serde::Deserialize;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
@@ -84,6 +85,7 @@ impl Default for Limits {
 pub struct Relay {
     config: Config,
     ticket_key: RwLock<Option<[u8; 32]>>,
+    revoked: watch::Sender<Arc<Revocations>>,
     gate: Arc<Gate>,
     table: Mutex<Table<Leg>>,
     pool: Arc<Pool>,
@@ -99,6 +101,8 @@ struct Leg {
 /// Two legs that belong together.
 struct Pair {
     legs: [TcpStream; 2],
+    /// Public keys of its devices.
+    keys: [[u8; 32]; 2],
     caps: Caps,
     counted: Counted,
 }
@@ -109,6 +113,7 @@ impl Relay {
         let metrics = Arc::new(Metrics::new());
         Arc::new(Self {
             ticket_key: RwLock::new(None),
+            revoked: watch::Sender::default(),
             gate: Gate::new(config.limits.unauthenticated, metrics.unauthenticated.clone()),
             table: Mutex::new(Table::new(config.limits.waiting, config.limits.spent)),
             pool: Pool::new(config.splice, metrics.clone()),
@@ -120,6 +125,17 @@ impl Relay {
     /// The key with which the mediator signs tickets (Ed25519, 32 bytes).
     pub fn set_ticket_key(&self, key: [u8; 32]) {
         *self.ticket_key.write().unwrap_or_else(PoisonError::into_inner) = Some(key);
+    }
+
+    /// Cuts every pair with a device on this list, and takes no ticket of one from now on.
+    pub fn set_revoked(&self, list: Arc<Revocations>) {
+        self.revoked.send_if_modified(|known| {
+            let newer = list.number > known.number;
+            if newer {
+                *known = list;
+            }
+            newer
+        });
     }
 
     /// This process's boot epoch.
@@ -167,10 +183,16 @@ impl Relay {
     async fn handle(self: Arc<Self>, stream: TcpStream, visit: Visit) {
         // Boxed, so that a pair that only forwards does not carry the memory of its beginning.
         let Some(pair) = Box::pin(self.admit(stream, visit)).await else { return };
-        let Pair { legs, caps, counted } = pair;
+        let Pair { legs, keys, caps, counted } = pair;
         let forward = Forward::new(legs, caps, self.pool.clone(), self.metrics.clone());
+        let revoked = Box::pin(until_revoked(self.revoked.subscribe(), keys));
         drop(self);
-        match forward.await {
+        let end = tokio::select! {
+            end = forward => end,
+            () = revoked => End::Revoked,
+        };
+        match end {
+            End::Revoked => tracing::info!("pair cut: one of its devices was revoked"),
             End::Finished => tracing::debug!("pair finished"),
             End::Lost(error) => tracing::debug!(%error, "pair lost a leg"),
             End::Silent => tracing::debug!("half-open pair was silent"),
@@ -221,6 +243,9 @@ impl Relay {
         if ticket.epoch != self.config.epoch {
             return Err(Reason::OtherEpoch);
         }
+        if concerns(&self.revoked.borrow(), &[ticket.holder, ticket.peer]) {
+            return Err(Reason::Revoked);
+        }
         Ok(ticket)
     }
 
@@ -241,7 +266,8 @@ impl Relay {
                     // The one byte always fits; a leg that is gone shows in forwarding.
                     let _ = timeout(LINGER, leg.write_all(&[Status::Paired as u8])).await;
                 }
-                Some(Pair { legs, caps: caps(&ticket, &theirs), counted })
+                let keys = [ticket.holder, ticket.peer];
+                Some(Pair { legs, keys, caps: caps(&ticket, &theirs), counted })
             }
             Offered::Waits { number, replaced } => {
                 let place = Place { relay: self, key: (ticket.session, ticket.serial), number };
@@ -291,6 +317,18 @@ impl Relay {
         self.metrics.waiting.set(table.waiting() as i64);
         outcome
     }
+}
+
+/// Resolves when one of the keys is on the list.
+async fn until_revoked(mut list: watch::Receiver<Arc<Revocations>>, keys: [[u8; 32]; 2]) {
+    if list.wait_for(|list| concerns(list, &keys)).await.is_err() {
+        // The relay is gone, and its pairs go with its tasks.
+        std::future::pending::<()>().await;
+    }
+}
+
+fn concerns(list: &Revocations, keys: &[[u8; 32]; 2]) -> bool {
+    keys.iter().any(|key| list.has(key))
 }
 
 /// A leg's place in the table. Dropped, it takes the leg out and closes it.

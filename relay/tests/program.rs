@@ -61,7 +61,8 @@ impl Mediator {
             ticket_key: None,
             certificate,
             root: authority.certificate().clone(),
-            key,
+            key: std::sync::Arc::new(key),
+            revoked: Default::default(),
         };
         Self { listener, authority, identity }
     }
@@ -72,7 +73,8 @@ impl Mediator {
 
     fn token(&self) -> String {
         let fingerprint = fingerprint(self.authority.certificate()).unwrap();
-        EnrolmentToken { fingerprint, secret: [6; 16], servers: vec![self.server()] }.to_string()
+        EnrolmentToken { role: Role::Relay, fingerprint, secret: [6; 16], servers: vec![self.server()] }
+            .to_string()
     }
 
     async fn enrol(&self) -> Request {
@@ -259,7 +261,12 @@ async fn bad_input_gets_its_exit_code_and_a_remedy() {
     .await;
     fails(&mut program(&["enroll", "adit1.x"], &empty), 2, &["--host"]).await;
     let nobody = TcpListener::bind(LOCAL).await.unwrap().local_addr().unwrap().to_string();
-    let token = EnrolmentToken { fingerprint: [1; 32], secret: [2; 16], servers: vec![nobody.clone()] };
+    let token = EnrolmentToken {
+        role: Role::Relay,
+        fingerprint: [1; 32],
+        secret: [2; 16],
+        servers: vec![nobody.clone()],
+    };
     let enroll = ["enroll", &token.to_string(), "--host", "a"];
     fails(&mut program(&enroll, &empty), 4, &[&nobody, "check that the mediator runs"]).await;
 

@@ -12,6 +12,7 @@ use super::data::Data;
 use super::{Failed, signals};
 use crate::agent::{self, AgentEvent};
 use crate::allow::{AllowList, Entry};
+use crate::config::Config;
 use crate::events::{Event, Events};
 use crate::session::SessionEvent;
 use crate::status::{self, SessionInfo};
@@ -29,7 +30,8 @@ const EVENTS: usize = 256;
 pub(super) struct Agent {
     #[command(flatten)]
     data: Data,
-    /// What technicians may reach from here. Can be given several times; replaces the default.
+    /// What technicians may reach from here. Can be given several times; goes before `[agent] allow` in
+    /// config.toml of the state directory.
     /// Loopback, link-local and other special addresses need an entry that names them.
     /// [default: 127.0.0.1 and ::1 on 22, 3389, 5900]
     #[arg(long, value_name = "HOST:PORT[/udp]|CIDR:PORTS[/udp]", verbatim_doc_comment)]
@@ -47,16 +49,17 @@ impl Agent {
     /// Runs the agent until `stop` completes, and then until the technicians know.
     pub(super) async fn run_until(self, stop: impl Future<Output = ()>) -> Result<(), Failed> {
         let (dir, identity) = self.data.identity(Role::Agent)?;
-        let allow = match self.allow {
-            entries if entries.is_empty() => AllowList::default(),
-            entries => entries.into_iter().collect(),
+        let allow = match (self.allow, Config::load(&dir)?.agent.allow) {
+            (entries, None) if entries.is_empty() => AllowList::default(),
+            (entries, Some(written)) if entries.is_empty() => written.into_iter().collect(),
+            (entries, _) => entries.into_iter().collect(),
         };
         let events = Events::new(self.json);
         let entries: Vec<String> = allow.entries().iter().map(Entry::to_string).collect();
         events.emit(&Event::Allowing { entries: &entries });
 
         let sessions = Arc::<Sessions>::default();
-        let process = status::Process { command: "agent", device: identity.name.clone() };
+        let process = status::Process { command: "agent", device: identity.get().name.clone() };
         let shown = sessions.clone();
         let _status = status::serve(&dir, process, move || shown.all());
 

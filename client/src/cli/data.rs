@@ -8,7 +8,7 @@ use clap::Args;
 use directories::ProjectDirs;
 
 use super::{CliError, Failed};
-use crate::identity::{Identity, store};
+use crate::identity::Live;
 
 /// The state directory.
 #[derive(Debug, Args)]
@@ -30,13 +30,14 @@ impl Data {
     }
 
     /// The directory, and the identity in it, which must be of this role.
-    pub(super) fn identity(&self, role: Role) -> Result<(PathBuf, Arc<Identity>), Failed> {
+    pub(super) fn identity(&self, role: Role) -> Result<(PathBuf, Arc<Live>), Failed> {
         let dir = self.for_role(role)?;
-        let identity = store::load(&dir)?;
-        if identity.role != role {
-            return Err(CliError::WrongRole { is: identity.role, wanted: role }.into());
+        let identity = Live::load(&dir)?;
+        let is = identity.get().role;
+        if is != role {
+            return Err(CliError::WrongRole { is, wanted: role }.into());
         }
-        Ok((dir, Arc::new(identity)))
+        Ok((dir, identity))
     }
 }
 

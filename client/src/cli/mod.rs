@@ -122,6 +122,8 @@ enum CliError {
     NoHome,
     #[error("this device is enrolled as {is}, and this command is for the role {wanted}")]
     WrongRole { is: adit_protocol::Role, wanted: adit_protocol::Role },
+    #[error("this token is for the role {0}")]
+    TokenRole(adit_protocol::Role),
     #[error("the token cannot be read from {from}: {error}")]
     TokenFile { from: String, error: std::io::Error },
     #[error("{agent} did not open the session within {seconds} s{detail}")]
@@ -142,6 +144,7 @@ impl Failure for CliError {
             Self::Log(_)
             | Self::NoHome
             | Self::WrongRole { .. }
+            | Self::TokenRole(_)
             | Self::TokenFile { .. }
             | Self::NoRedirector
             | Self::UdpOnStdio(_) => Exit::Usage,
@@ -156,6 +159,7 @@ impl Failure for CliError {
             Self::WrongRole { wanted, .. } => {
                 format!("name another directory with --data, or enrol with a token for the role {wanted}")
             }
+            Self::TokenRole(_) => "on a relay: adit-relay enroll; the token is not spent".to_owned(),
             Self::TokenFile { .. } => "check the path, or give the token itself".to_owned(),
             Self::NotOpened { .. } => {
                 "check with `adit ls` that the agent is online; some firewall may block the ways to it"
@@ -211,7 +215,6 @@ mod tests {
             "adit stdio pc nowhere",
             "adit agent --allow 10.0.0.5/8:80",
             "adit enroll",
-            "adit enroll TOKEN --token-file F",
             "adit nothing",
         ] {
             let error = Cli::try_parse_from(line.split(' ')).expect_err(line);

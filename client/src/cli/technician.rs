@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use super::data::Data;
 use super::{CliError, Failed};
 use crate::hub::OpenSession;
-use crate::identity::Identity;
+use crate::identity::Live;
 use crate::session::SessionEvent;
 use crate::status::{self, SessionInfo};
 use crate::technician::Technician;
@@ -52,7 +52,7 @@ pub(super) struct Connected {
 
 impl SessionArgs {
     /// What can be wrong without asking anyone.
-    pub(super) fn check(&self) -> Result<(PathBuf, Arc<Identity>, Via), Failed> {
+    pub(super) fn check(&self) -> Result<(PathBuf, Arc<Live>, Via), Failed> {
         // One of the values that the parser lets through is not one of them.
         let via = self.via.parse().map_err(|_| CliError::NoRedirector)?;
         let (dir, identity) = self.data.identity(Role::Technician)?;
@@ -62,7 +62,7 @@ impl SessionArgs {
     /// Asks the mediator for a session, and starts it.
     pub(super) async fn open(&self, command: &'static str, targets: &[Target]) -> Result<Connected, Failed> {
         let (dir, identity, via) = self.check()?;
-        let device = identity.name.clone();
+        let device = identity.get().name.clone();
         let technician = Technician::connect(identity).await?;
         let session = technician.open(&self.agent, targets, via).await?;
         let info = SessionInfo {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use adit_protocol::control::{Down, Hello, Up, Welcome};
+use adit_protocol::control::{Down, Hello, Up, Update, Welcome};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
@@ -11,7 +11,7 @@ use tracing::{debug, info, warn};
 
 use super::{ControlChannel, Ended};
 use crate::exit::{Exit, Failure};
-use crate::identity::Identity;
+use crate::identity::Live;
 
 /// Bounds of the time between two attempts. Full jitter: anything between zero and the bound of the
 /// moment, so that thousands of devices do not come back in step.
@@ -32,6 +32,8 @@ pub enum State {
     Disconnected {
         /// Why, for people.
         reason: String,
+        /// What helps, for people.
+        remedy: Option<String>,
         /// What a program that cannot wait would exit with.
         exit: Exit,
     },
@@ -93,10 +95,10 @@ impl Control {
 #[error("there is no connection to the mediator now")]
 pub struct NotConnected;
 
-/// Keeps a channel up with `identity`'s servers. `hello` is asked for at every attempt, so that it names
+/// Keeps a channel up with `identity`'s servers, and `identity` as the mediator says. `hello` is asked for at every attempt, so that it names
 /// the sessions that live then. Messages of all channels come out of the one receiver.
 pub fn maintain(
-    identity: Arc<Identity>,
+    identity: Arc<Live>,
     hello: impl Fn() -> Hello + Send + 'static,
 ) -> (Control, mpsc::Receiver<Down>) {
     let (state_sender, state) = watch::channel(State::Connecting);
@@ -122,7 +124,7 @@ enum Served {
 }
 
 struct Keeper<H> {
-    identity: Arc<Identity>,
+    identity: Arc<Live>,
     hello: H,
     state: watch::Sender<State>,
     outgoing: mpsc::Receiver<Command>,
@@ -133,35 +135,38 @@ impl<H: Fn() -> Hello + Send + 'static> Keeper<H> {
     async fn run(mut self) {
         let mut attempt = 0;
         while !self.down.is_closed() {
-            let (reason, exit) = match ControlChannel::dial(&self.identity, (self.hello)()).await {
-                Ok(channel) => {
-                    info!(server = channel.server, name = channel.welcome.name, "control channel is up");
-                    let since = Instant::now();
-                    // What was said to an earlier channel is stale: this one began with a new `Hello`.
-                    while let Ok(command) = self.outgoing.try_recv() {
-                        if let Command::Close(_) = command {
-                            return;
+            let (reason, remedy, exit) =
+                match ControlChannel::dial(&self.identity.get(), (self.hello)()).await {
+                    Ok(channel) => {
+                        info!(server = channel.server, name = channel.welcome.name, "control channel is up");
+                        let since = Instant::now();
+                        // What was said to an earlier channel is stale: this one began with a new `Hello`.
+                        while let Ok(command) = self.outgoing.try_recv() {
+                            if let Command::Close(_) = command {
+                                return;
+                            }
                         }
+                        let servers = channel.welcome.servers.clone();
+                        self.identity.take(Some(Update { certificate: vec![], servers }), None);
+                        self.state.send_replace(State::Connected(Arc::new(channel.welcome.clone())));
+                        let Served::Lost(ended) = self.serve(channel).await else { return };
+                        if since.elapsed() >= GOOD {
+                            attempt = 0;
+                        }
+                        warn!(reason = %ended, "control channel is down");
+                        (ended.to_string(), None, Exit::Unreachable)
                     }
-                    self.state.send_replace(State::Connected(Arc::new(channel.welcome.clone())));
-                    let Served::Lost(ended) = self.serve(channel).await else { return };
-                    if since.elapsed() >= GOOD {
-                        attempt = 0;
+                    Err(error) => {
+                        // Said once; the attempts that follow are routine.
+                        if attempt == 0 {
+                            warn!(reason = %error, "no control channel");
+                        } else {
+                            debug!(reason = %error, attempt, "no control channel");
+                        }
+                        (error.to_string(), error.remedy(), error.exit())
                     }
-                    warn!(reason = %ended, "control channel is down");
-                    (ended.to_string(), Exit::Unreachable)
-                }
-                Err(error) => {
-                    // Said once; the attempts that follow are routine.
-                    if attempt == 0 {
-                        warn!(reason = %error, "no control channel");
-                    } else {
-                        debug!(reason = %error, attempt, "no control channel");
-                    }
-                    (error.to_string(), error.exit())
-                }
-            };
-            self.state.send_replace(State::Disconnected { reason, exit });
+                };
+            self.state.send_replace(State::Disconnected { reason, remedy, exit });
             if self.rest(backoff(attempt, rand::random())).await {
                 return;
             }
@@ -184,6 +189,11 @@ impl<H: Fn() -> Hello + Send + 'static> Keeper<H> {
                     None => return Served::Unwanted,
                 },
                 message = channel.recv() => match message {
+                    Ok(Down::Update(update)) => {
+                        self.identity.take(Some(update), None);
+                    }
+                    // News only when it is newer.
+                    Ok(Down::Revocations(list)) if !self.identity.take(None, Some(&list.list)) => {}
                     Ok(message) => if self.down.send(message).await.is_err() {
                         return Served::Unwanted;
                     },

@@ -5,7 +5,7 @@
 pub mod maintain;
 pub mod wire;
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use adit_protocol::PROTOCOL_VERSION;
@@ -22,8 +22,12 @@ pub use wire::{Ended, Heartbeat, Incoming, Outgoing};
 use crate::dial::{self, DialError};
 use crate::exit::{Exit, Failure};
 use crate::identity::Identity;
+use crate::identity::verify::VerifyError;
 use crate::tls::{self, TlsError};
 
+/// What helps when something in between opens TLS.
+pub const INTERCEPTED: &str = "let its TLS through unopened: at a reverse proxy in front of the server by SNI passthrough, at a firewall \
+    that inspects TLS by an exception for the server's name";
 /// Path of the WebSocket.
 pub const PATH: &str = "/control";
 /// How long WebSocket handshake and `Welcome` may take, each.
@@ -36,9 +40,11 @@ pub fn software() -> String {
     concat!("adit ", env!("CARGO_PKG_VERSION")).to_owned()
 }
 
-/// A [`Hello`] of this build with the sessions that live at this end.
+/// A [`Hello`] of this process with the sessions that live at this end.
 pub fn hello(sessions: Vec<adit_protocol::control::LiveSession>) -> Hello {
-    Hello { protocol_version: PROTOCOL_VERSION, software: software(), sessions }
+    static INSTANCE: LazyLock<u64> = LazyLock::new(rand::random);
+    let instance = *INSTANCE;
+    Hello { protocol_version: PROTOCOL_VERSION, software: software(), sessions, instance, revocations: 0 }
 }
 
 /// One open control channel, greeted. Closes when dropped.
@@ -53,12 +59,14 @@ pub struct ControlChannel {
 }
 
 impl ControlChannel {
-    /// Dials the servers of `identity` in turn, says `hello`, waits for the welcome.
+    /// Dials the servers of `identity` in turn, says `hello` and which list of revoked certificates is known,
+    /// waits for the welcome.
     ///
     /// # Errors
     /// [`ControlError`] of the last server tried; a refusal ends the round at once.
     pub async fn dial(identity: &Identity, hello: Hello) -> Result<Self, ControlError> {
         let config = Arc::new(tls::control_client(identity)?);
+        let hello = Hello { revocations: identity.revoked.newest().number, ..hello };
         let mut last = ControlError::NoServer;
         for server in &identity.servers {
             match Self::dial_one(server, config.clone(), hello.clone()).await {
@@ -173,6 +181,14 @@ pub enum ControlError {
         /// `HOST:PORT`.
         server: String,
     },
+    /// Something in between answers in the mediator's place.
+    #[error("{server}: {why}")]
+    Intercepted {
+        /// `HOST:PORT`.
+        server: String,
+        /// What gave it away.
+        why: String,
+    },
     /// The identity names no server.
     #[error("this device's identity names no server")]
     NoServer,
@@ -188,6 +204,10 @@ impl ControlError {
             DialError::Unreachable(error) => {
                 Self::Unreachable { server: server.to_owned(), why: error.to_string() }
             }
+            DialError::Foreign(why) => Self::Intercepted { server: server.to_owned(), why },
+            DialError::Verify(error @ VerifyError::Intercepted { .. }) => {
+                Self::Intercepted { server: server.to_owned(), why: error.to_string() }
+            }
             other => Self::Refused(other.to_string()),
         }
     }
@@ -196,7 +216,7 @@ impl ControlError {
 impl Failure for ControlError {
     fn exit(&self) -> Exit {
         match self {
-            Self::Unreachable { .. } | Self::NoWelcome { .. } => Exit::Unreachable,
+            Self::Unreachable { .. } | Self::NoWelcome { .. } | Self::Intercepted { .. } => Exit::Unreachable,
             Self::TimedOut { .. } => Exit::TimedOut,
             Self::Refused(_) => Exit::Refused,
             Self::NoServer => Exit::Usage,
@@ -210,6 +230,7 @@ impl Failure for ControlError {
                 "check that the mediator runs and that no firewall blocks the way".into()
             }
             Self::NoWelcome { .. } => "check name and port; is a proxy in between?".into(),
+            Self::Intercepted { .. } => INTERCEPTED.into(),
             Self::Refused(_) => "check this machine's clock; else enrol this device again".into(),
             Self::NoServer => "enrol this device again: adit enroll TOKEN --replace".into(),
             Self::Tls(_) => return None,

@@ -29,7 +29,7 @@ mod tests;
 
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use adit_protocol::control::IceCredentials;
@@ -39,7 +39,7 @@ use quinn::Connection;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
-use crate::identity::Identity;
+use crate::identity::{Identity, Live};
 use crate::tls::TlsError;
 use demux::Demux;
 use mediator::Handshake;
@@ -52,7 +52,9 @@ const QUEUE: usize = 64;
 
 /// One UDP socket with one quinn endpoint on it: all that a process has for direct paths.
 pub struct DirectEndpoint {
-    identity: Arc<Identity>,
+    identity: Arc<Live>,
+    /// The one that the endpoint shows as a server.
+    shown: Mutex<Arc<Identity>>,
     port: u16,
     loopback: bool,
     socket: Arc<DirectSocket>,
@@ -71,19 +73,29 @@ impl DirectEndpoint {
     /// # Errors
     /// [`BindError`]; sessions then run on the relay.
     pub fn bind(
-        identity: Arc<Identity>,
+        identity: Arc<Live>,
         ports: RangeInclusive<u16>,
         loopback: bool,
     ) -> Result<Arc<Self>, BindError> {
         let demux = Arc::new(Demux::default());
         let socket = Arc::new(DirectSocket::bind(ports, demux.clone())?);
         let port = socket.port();
-        let server = quic::server_config(&identity)?;
+        let shown = identity.get();
+        let server = quic::server_config(&shown)?;
         let accepts = server.is_some();
         let quic = quic::endpoint(socket.clone(), server).map_err(BindError::Socket)?;
         let accepting = accepts.then(|| Task(tokio::spawn(accept::run(quic.clone(), demux.clone()))));
         tracing::debug!(port, "direct paths use this UDP port");
-        Ok(Arc::new(Self { identity, port, loopback, socket, demux, quic, _accepting: accepting }))
+        Ok(Arc::new(Self {
+            identity,
+            shown: Mutex::new(shown),
+            port,
+            loopback,
+            socket,
+            demux,
+            quic,
+            _accepting: accepting,
+        }))
     }
 
     /// UDP port of the socket.
@@ -91,11 +103,26 @@ impl DirectEndpoint {
         self.port
     }
 
+    /// This device's identity as it is now, which the endpoint shows from now on.
+    fn identity(&self) -> Arc<Identity> {
+        let now = self.identity.get();
+        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        if !Arc::ptr_eq(&shown, &now) {
+            // An identity that was verified can be used; if not, the one before is shown.
+            if let Ok(config) = quic::server_config(&now) {
+                self.quic.set_server_config(config);
+            }
+            *shown = now.clone();
+        }
+        now
+    }
+
     /// Starts to look for a path. It goes on until the [`DirectSession`] is dropped.
     ///
     /// # Errors
     /// [`SessionError`] when the grant's ICE credentials or this device's certificate are of no use.
     pub fn session(self: &Arc<Self>, config: SessionConfig) -> Result<DirectSession, SessionError> {
+        let identity = self.identity();
         let (command_sender, commands) = mpsc::channel(QUEUE);
         let (event_sender, events) = mpsc::channel(QUEUE);
         let task = PathTask {
@@ -106,7 +133,7 @@ impl DirectEndpoint {
             remote: Credentials::new(&config.remote.ufrag, &config.remote.password)?,
             stun_servers: config.stun_servers,
             handshake: Handshake::new(config.session, config.role, &config.local.password)?,
-            client: quic::client_config(&self.identity, config.peer)?,
+            client: quic::client_config(&identity, config.peer)?,
             port: self.port,
             loopback: self.loopback,
             socket: self.socket.clone(),

@@ -14,7 +14,7 @@ use stun_rs::attributes::stun::UserName;
 
 use super::*;
 use crate::identity::certificate::{Authority, Subject};
-use crate::identity::{DeviceKey, Peer};
+use crate::identity::{DeviceKey, Live, Peer};
 
 const AGENT: DeviceId = DeviceId([0xa; 16]);
 const TECHNICIAN: DeviceId = DeviceId([0x7; 16]);
@@ -48,11 +48,11 @@ fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs()
 }
 
-fn identity(authority: &Authority, device_id: DeviceId, role: Role) -> Arc<Identity> {
+fn identity(authority: &Authority, device_id: DeviceId, role: Role) -> Arc<Live> {
     let key = DeviceKey::generate().expect("key");
     let subject = Subject { device_id, role, name: "x".into(), tags: vec![] };
     let certificate = authority.sign_server(&key, &subject, &[], now()).expect("signs");
-    Arc::new(Identity {
+    Live::new(Identity {
         device_id,
         role,
         name: subject.name,
@@ -62,7 +62,8 @@ fn identity(authority: &Authority, device_id: DeviceId, role: Role) -> Arc<Ident
         ticket_key: None,
         certificate,
         root: authority.certificate().clone(),
-        key,
+        key: Arc::new(key),
+        revoked: Arc::default(),
     })
 }
 
@@ -260,7 +261,8 @@ async fn strangers_get_no_answer() {
 
     // The right technician's own first flight, but from an address that no check has confirmed.
     let quic = &pair.technician.endpoint.quic;
-    let client = quic::client_config(&pair.technician.endpoint.identity, AGENT).expect("a configuration");
+    let client =
+        quic::client_config(&pair.technician.endpoint.identity.get(), AGENT).expect("a configuration");
     let to = stranger.local_addr().expect("an address");
     let dialling = quic.connect_with(client, to, &quic::server_name(SESSION)).expect("dials");
     let (mut initial, receive) = ([0; 1500], stranger.try_clone().expect("cloned"));

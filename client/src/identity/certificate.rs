@@ -9,13 +9,15 @@ use std::time::Duration;
 use adit_protocol::{DeviceId, Role};
 use aws_lc_rs::digest::{SHA256, digest};
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose,
-    IsCa, Issuer, KeyUsagePurpose, PublicKeyData, SanType,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertificateSigningRequestParams,
+    DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyUsagePurpose, PublicKeyData,
+    RevokedCertParams, SanType, SerialNumber, SignatureAlgorithm,
 };
 use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 use super::DeviceKey;
+use super::revocation::serial;
 
 /// How long a device certificate is valid. Seconds.
 pub const DEVICE_VALIDITY: u64 = 365 * DAY;
@@ -156,6 +158,50 @@ impl Authority {
         self.sign(&request.public_key, subject, &[], now)
     }
 
+    /// A new certificate for a device whose key is known and was proven: a renewal, or another name.
+    ///
+    /// # Errors
+    /// [`CertificateError::Subject`] when the subject cannot stand in a certificate.
+    pub fn sign_key(
+        &self,
+        key: &[u8; 32],
+        subject: &Subject,
+        now: u64,
+    ) -> Result<CertificateDer<'static>, CertificateError> {
+        self.sign(&RawKey(key), subject, &[], now)
+    }
+
+    /// A list (DER) of revoked keys, each with the time of its revocation. `number` grows with every list.
+    ///
+    /// # Errors
+    /// [`CertificateError::Make`] when rcgen fails.
+    pub fn revocation_list(
+        &self,
+        number: u64,
+        now: u64,
+        revoked: &[([u8; 32], u64)],
+    ) -> Result<Vec<u8>, CertificateError> {
+        let time = |seconds| rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs(seconds);
+        let entry = |&(key, at): &([u8; 32], u64)| RevokedCertParams {
+            serial_number: SerialNumber::from_slice(&serial(&key)),
+            revocation_time: time(at),
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let params = CertificateRevocationListParams {
+            this_update: time(now),
+            // The number decides which list counts; as long as there is no newer one, this one does.
+            next_update: time(now.saturating_add(ROOT_VALIDITY)),
+            crl_number: SerialNumber::from(number),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.iter().map(entry).collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        let issuer =
+            Issuer::from_ca_cert_der(&self.certificate, &self.key).map_err(|_| CertificateError::Make)?;
+        Ok(params.signed_by(&issuer)?.der().to_vec())
+    }
+
     /// A certificate for a server of ours: a device certificate with the names and addresses it is
     /// reached by in addition.
     ///
@@ -184,6 +230,8 @@ impl Authority {
             return Err(CertificateError::Subject);
         }
         let mut params = valid(now, DEVICE_VALIDITY);
+        let raw = key.der_bytes().try_into().map_err(|_| CertificateError::Subject)?;
+        params.serial_number = Some(SerialNumber::from_slice(&serial(raw)));
         params.distinguished_name.push(DnType::CommonName, subject.name.as_str());
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         params.extended_key_usages =
@@ -208,6 +256,19 @@ impl Authority {
         let issuer =
             Issuer::from_ca_cert_der(&self.certificate, &self.key).map_err(|_| CertificateError::Make)?;
         Ok(params.signed_by(key, &issuer)?.der().clone())
+    }
+}
+
+/// An Ed25519 public key for rcgen.
+struct RawKey<'a>(&'a [u8; 32]);
+
+impl PublicKeyData for RawKey<'_> {
+    fn der_bytes(&self) -> &[u8] {
+        self.0
+    }
+
+    fn algorithm(&self) -> &'static SignatureAlgorithm {
+        &rcgen::PKCS_ED25519
     }
 }
 
@@ -238,6 +299,14 @@ pub fn fingerprint(der: &[u8]) -> Result<[u8; 32], CertificateError> {
     let (_, certificate) = X509Certificate::from_der(der).map_err(|_| CertificateError::NotADevice)?;
     let hash = digest(&SHA256, certificate.public_key().raw);
     Ok(hash.as_ref().try_into().expect("SHA-256 has 32 bytes"))
+}
+
+/// How a certificate (DER) names its issuer: common name, organisation, or nothing.
+pub fn issuer(der: &[u8]) -> String {
+    let Ok((_, certificate)) = X509Certificate::from_der(der) else { return "?".to_owned() };
+    let issuer = certificate.issuer();
+    let mut names = issuer.iter_common_name().chain(issuer.iter_organization());
+    names.next().and_then(|name| name.as_str().ok()).unwrap_or("?").chars().take(100).collect()
 }
 
 /// Whether a device may have this name: 1 to 63 of `[A-Za-z0-9._-]`.

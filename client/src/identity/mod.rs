@@ -3,14 +3,19 @@
 //! | module | what |
 //! | --- | --- |
 //! | [`certificate`] | makes, signs and reads device certificates |
+//! | [`live`] | the identity of a running process, which the mediator may renew |
+//! | [`revocation`] | lists of revoked certificates |
 //! | [`store`] | the state directory that holds a device's identity |
 //! | [`verify`] | rustls verifiers: chain to our root, role, device id |
 
 pub mod certificate;
+pub mod live;
+pub mod revocation;
 pub mod store;
 pub mod verify;
 
 use std::fmt;
+use std::sync::Arc;
 
 use adit_protocol::{DeviceId, Role};
 use aws_lc_rs::encoding::AsBigEndian;
@@ -18,9 +23,11 @@ use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 
 pub use certificate::Peer;
+pub use live::Live;
+use revocation::Revoked;
 
 /// This device: what its certificate says, and the key that proves it.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Identity {
     /// Device id.
     pub device_id: DeviceId,
@@ -41,7 +48,9 @@ pub struct Identity {
     /// Certificate of the organisation's root.
     pub root: CertificateDer<'static>,
     /// Private key of this device.
-    pub key: DeviceKey,
+    pub key: Arc<DeviceKey>,
+    /// Whom to refuse, whatever their certificates say. Clones of an identity share it.
+    pub revoked: Arc<Revoked>,
 }
 
 impl Identity {

@@ -1,4 +1,5 @@
-//! The state directory of a device: `key.pem` (secret), `cert.pem`, `root.pem`, `device.toml`.
+//! The state directory of a device: `key.pem` (secret), `cert.pem`, `root.pem`, `device.toml`, and, once
+//! there is one, `revoked.pem`, the newest list of revoked certificates.
 //!
 //! Files are written whole or not at all. `pending-key.pem` exists while an enrolment is under way: a
 //! lost answer, tried again with the same token and key, gives the same identity.
@@ -6,12 +7,14 @@
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use adit_protocol::{DeviceId, Role};
 use data_encoding::HEXLOWER;
 use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
 
+use super::revocation::{Revocations, Revoked};
 use super::{DeviceKey, Identity, Peer};
 use crate::exit::{Exit, Failure};
 use crate::os;
@@ -21,6 +24,9 @@ const CERTIFICATE: &str = "cert.pem";
 const ROOT: &str = "root.pem";
 const DEVICE: &str = "device.toml";
 const PENDING: &str = "pending-key.pem";
+const REVOKED: &str = "revoked.pem";
+const REVOKED_TAG: &str = "X509 CRL";
+const LOCK: &str = ".lock";
 
 /// Reads the identity in `dir`.
 ///
@@ -51,18 +57,66 @@ pub fn load(dir: &Path) -> Result<Identity, StoreError> {
         }
         None => None,
     };
+    let revoked = read_revocations(dir, &root)?;
     Ok(Identity {
         device_id: device.id,
         role: device.role,
-        name: device.name,
-        tags: device.tags,
+        name: peer.name,
+        tags: peer.tags,
         servers: device.servers,
         hosts: device.hosts,
         ticket_key,
         certificate,
         root,
-        key,
+        key: Arc::new(key),
+        revoked: Arc::new(Revoked::new(revoked)),
     })
+}
+
+/// The list in `dir`; the empty one while there is none.
+fn read_revocations(dir: &Path, root: &CertificateDer<'_>) -> Result<Revocations, StoreError> {
+    let text = match fs::read(dir.join(REVOKED)) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Revocations::default()),
+        Err(error) => return Err(StoreError::io(dir, REVOKED, error)),
+    };
+    let block = pem::parse(text).ok().filter(|block| block.tag() == REVOKED_TAG);
+    let list = block.and_then(|block| Revocations::read(block.contents(), root).ok());
+    list.ok_or_else(|| StoreError::damaged(dir, REVOKED, "not a list of this organisation"))
+}
+
+/// Keeps a newer list. Several processes may share `dir`: an older one never takes the place of a newer.
+///
+/// # Errors
+/// [`StoreError`].
+pub fn save_revocations(dir: &Path, list: &Revocations, root: &CertificateDer<'_>) -> Result<(), StoreError> {
+    let _lock = lock(dir)?;
+    if read_revocations(dir, root).is_ok_and(|kept| kept.number >= list.number) {
+        return Ok(());
+    }
+    let text = pem::encode(&pem::Pem::new(REVOKED_TAG, list.der()));
+    write(dir, REVOKED, text.as_bytes(), Access::Public)
+}
+
+/// Keeps a new certificate or new servers of the device that is enrolled in `dir` already.
+///
+/// # Errors
+/// [`StoreError`]; [`StoreError::NotEnrolled`] when it holds another device by now.
+pub fn save_changes(dir: &Path, identity: &Identity) -> Result<(), StoreError> {
+    let _lock = lock(dir)?;
+    if load(dir)?.public_key() != identity.public_key() {
+        return Err(StoreError::NotEnrolled { dir: dir.to_owned() });
+    }
+    write(dir, CERTIFICATE, certificate_pem(&identity.certificate).as_bytes(), Access::Public)?;
+    write_device(dir, identity)
+}
+
+/// One process at a time changes what is in `dir`; the lock ends with the file.
+fn lock(dir: &Path) -> Result<fs::File, StoreError> {
+    let file = fs::OpenOptions::new().create(true).truncate(false).write(true).open(dir.join(LOCK));
+    let file = file.map_err(|error| StoreError::io(dir, LOCK, error))?;
+    file.lock().map_err(|error| StoreError::io(dir, LOCK, error))?;
+    Ok(file)
 }
 
 /// Stores a whole new identity in `dir`, in the place of what was there, and ends the enrolment that
@@ -71,6 +125,25 @@ pub fn load(dir: &Path) -> Result<Identity, StoreError> {
 /// # Errors
 /// [`StoreError::Io`].
 pub fn save(dir: &Path, identity: &Identity) -> Result<(), StoreError> {
+    create_private_dir(dir)?;
+    write(dir, KEY, identity.key.to_pem().as_bytes(), Access::Secret)?;
+    write(dir, CERTIFICATE, certificate_pem(&identity.certificate).as_bytes(), Access::Public)?;
+    write(dir, ROOT, certificate_pem(&identity.root).as_bytes(), Access::Public)?;
+    write_device(dir, identity)?;
+    // A list of another organisation would be one of this identity.
+    remove(dir, REVOKED)?;
+    // Last: until here, trying again finds the same key.
+    remove(dir, PENDING)
+}
+
+fn remove(dir: &Path, file: &str) -> Result<(), StoreError> {
+    match fs::remove_file(dir.join(file)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(StoreError::io(dir, file, error)),
+        _ => Ok(()),
+    }
+}
+
+fn write_device(dir: &Path, identity: &Identity) -> Result<(), StoreError> {
     let device = DeviceFile {
         id: identity.device_id,
         role: identity.role,
@@ -82,16 +155,7 @@ pub fn save(dir: &Path, identity: &Identity) -> Result<(), StoreError> {
     };
     let device =
         toml::to_string(&device).map_err(|error| StoreError::io(dir, DEVICE, io::Error::other(error)))?;
-    create_private_dir(dir)?;
-    write(dir, KEY, identity.key.to_pem().as_bytes(), Access::Secret)?;
-    write(dir, CERTIFICATE, certificate_pem(&identity.certificate).as_bytes(), Access::Public)?;
-    write(dir, ROOT, certificate_pem(&identity.root).as_bytes(), Access::Public)?;
-    write(dir, DEVICE, device.as_bytes(), Access::Public)?;
-    // Last: until here, trying again finds the same key.
-    match fs::remove_file(dir.join(PENDING)) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(StoreError::io(dir, PENDING, error)),
-        _ => Ok(()),
-    }
+    write(dir, DEVICE, device.as_bytes(), Access::Public)
 }
 
 /// The key of the enrolment under way in `dir`; a new one is made and kept when there is none.
@@ -286,7 +350,8 @@ mod tests {
             ticket_key: Some([5; 32]),
             certificate,
             root: authority.certificate().clone(),
-            key,
+            key: Arc::new(key),
+            revoked: Arc::default(),
         }
     }
 

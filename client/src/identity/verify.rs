@@ -1,4 +1,4 @@
-//! Who may be at the other end: chain to our root, validity with a day's grace, role, device id.
+//! Who may be at the other end: chain to our root, not revoked, validity with a day's grace, role, device id.
 //!
 //! Host names play no part: only the organisation's own root can vouch for a role.
 
@@ -15,7 +15,9 @@ use rustls::{
 };
 use webpki::{EndEntityCert, KeyUsage};
 
-use super::certificate::{Peer, fingerprint};
+use super::Identity;
+use super::certificate::{Peer, fingerprint, issuer};
+use super::revocation::{Revocations, Revoked};
 
 /// How wrong a clock may be before a certificate counts as out of date.
 pub const GRACE: Duration = Duration::from_secs(24 * 60 * 60);
@@ -41,7 +43,8 @@ impl Expected {
     }
 }
 
-/// Verifies one device certificate against the organisation's `root` at `now`.
+/// Verifies one device certificate against the organisation's `root` and its list of `revoked` ones at `now`,
+/// which counts as no earlier than the list.
 ///
 /// # Errors
 /// [`VerifyError`] says what did not hold.
@@ -49,8 +52,10 @@ pub fn verify_device(
     root: &TrustAnchor<'_>,
     leaf: &CertificateDer<'_>,
     expected: &Expected,
+    revoked: &Revocations,
     now: UnixTime,
 ) -> Result<Peer, VerifyError> {
+    let now = UnixTime::since_unix_epoch(Duration::from_secs(now.as_secs().max(revoked.made)));
     let certificate = EndEntityCert::try_from(leaf).map_err(|_| VerifyError::Malformed)?;
     let provider = crate::tls::provider();
     let algorithms = provider.signature_verification_algorithms.all;
@@ -77,6 +82,9 @@ pub fn verify_device(
         _ => VerifyError::Malformed,
     })?;
     let peer = Peer::from_certificate(leaf).map_err(|_| VerifyError::Malformed)?;
+    if revoked.has(&peer.public_key) {
+        return Err(VerifyError::Revoked);
+    }
     if !expected.roles.contains(&peer.role) {
         return Err(VerifyError::WrongRole(peer.role));
     }
@@ -87,7 +95,7 @@ pub fn verify_device(
 }
 
 /// Why a certificate was not accepted. Comes wrapped in a [`rustls::Error`]: see [`VerifyError::of`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum VerifyError {
     /// Not a device certificate of adit.
     #[error("the other end's certificate is no device certificate of adit")]
@@ -95,12 +103,23 @@ pub enum VerifyError {
     /// Not signed by our root.
     #[error("the other end's certificate is not from this organisation")]
     OtherOrganisation,
+    /// A server's certificate that is nothing of adit's: something in between answers in its place.
+    #[error(
+        "a certificate issued by {issuer:?} was shown in the place of the server's: something in between opens TLS"
+    )]
+    Intercepted {
+        /// Common name, or what else the certificate names its issuer.
+        issuer: String,
+    },
     /// Expired for more than a day.
     #[error("the other end's certificate has expired, or this machine's clock is wrong")]
     Expired,
     /// Not valid before more than a day from now.
     #[error("the other end's certificate is not valid yet, or this machine's clock is wrong")]
     NotYetValid,
+    /// On the organisation's list of revoked certificates.
+    #[error("the other end's certificate was revoked")]
+    Revoked,
     /// Another role than expected.
     #[error("the other end is enrolled as {0}, which may not do this")]
     WrongRole(Role),
@@ -117,7 +136,7 @@ impl VerifyError {
     pub fn of(error: &std::io::Error) -> Option<Self> {
         match error.get_ref()?.downcast_ref::<rustls::Error>()? {
             rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) => {
-                inner.downcast_ref().copied()
+                inner.downcast_ref().cloned()
             }
             _ => None,
         }
@@ -135,17 +154,18 @@ impl From<VerifyError> for rustls::Error {
 pub struct DeviceVerifier {
     root: TrustAnchor<'static>,
     expected: Expected,
+    revoked: Arc<Revoked>,
     provider: Arc<CryptoProvider>,
 }
 
 impl DeviceVerifier {
-    /// Verifies against this root certificate.
+    /// Verifies on behalf of this device, with its root certificate and the newest list that it has then.
     ///
     /// # Errors
-    /// [`VerifyError::Malformed`] when `root` is no certificate.
-    pub fn new(root: &CertificateDer<'_>, expected: Expected) -> Result<Self, VerifyError> {
-        let root = webpki::anchor_from_trusted_cert(root).map_err(|_| VerifyError::Malformed)?.to_owned();
-        Ok(Self { root, expected, provider: crate::tls::provider() })
+    /// [`VerifyError::Malformed`] when the root is no certificate.
+    pub fn new(of: &Identity, expected: Expected) -> Result<Self, VerifyError> {
+        let root = webpki::anchor_from_trusted_cert(&of.root).map_err(|_| VerifyError::Malformed)?.to_owned();
+        Ok(Self { root, expected, revoked: of.revoked.clone(), provider: crate::tls::provider() })
     }
 }
 
@@ -169,11 +189,30 @@ macro_rules! tls13_signatures {
         ) -> Result<HandshakeSignatureValid, rustls::Error> {
             verify_tls13_signature(message, cert, dss, &self.provider.signature_verification_algorithms)
         }
+    };
+}
 
+/// Ours have Ed25519 keys only. But with others not even offered, a proxy in between would end the handshake
+/// without showing the certificate that gives it away.
+macro_rules! shows_any_certificate {
+    () => {
         fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-            vec![SignatureScheme::ED25519]
+            self.provider.signature_verification_algorithms.supported_schemes()
         }
     };
+}
+
+/// Whether it is not even a certificate of some organisation's adit.
+fn intercepted(error: VerifyError, certificate: &CertificateDer<'_>) -> VerifyError {
+    let foreign = Peer::from_certificate(certificate).is_err();
+    match error {
+        VerifyError::Malformed | VerifyError::OtherOrganisation | VerifyError::WrongFingerprint
+            if foreign =>
+        {
+            VerifyError::Intercepted { issuer: issuer(certificate) }
+        }
+        error => error,
+    }
 }
 
 impl ServerCertVerifier for DeviceVerifier {
@@ -185,11 +224,13 @@ impl ServerCertVerifier for DeviceVerifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        verify_device(&self.root, end_entity, &self.expected, now)?;
+        verify_device(&self.root, end_entity, &self.expected, &self.revoked.newest(), now)
+            .map_err(|error| intercepted(error, end_entity))?;
         Ok(ServerCertVerified::assertion())
     }
 
     tls13_signatures!();
+    shows_any_certificate!();
 }
 
 impl ClientCertVerifier for DeviceVerifier {
@@ -203,8 +244,12 @@ impl ClientCertVerifier for DeviceVerifier {
         _intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
-        verify_device(&self.root, end_entity, &self.expected, now)?;
+        verify_device(&self.root, end_entity, &self.expected, &self.revoked.newest(), now)?;
         Ok(ClientCertVerified::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        vec![SignatureScheme::ED25519]
     }
 
     tls13_signatures!();
@@ -234,16 +279,18 @@ impl ServerCertVerifier for PinnedVerifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        let root = intermediates.last().ok_or(VerifyError::WrongFingerprint)?;
-        if fingerprint(root) != Ok(self.fingerprint) {
-            return Err(VerifyError::WrongFingerprint.into());
+        if intermediates.last().is_none_or(|root| fingerprint(root) != Ok(self.fingerprint)) {
+            return Err(intercepted(VerifyError::WrongFingerprint, end_entity).into());
         }
+        let root = intermediates.last().ok_or(VerifyError::WrongFingerprint)?;
         let root = webpki::anchor_from_trusted_cert(root).map_err(|_| VerifyError::Malformed)?;
-        verify_device(&root, end_entity, &Expected::role(Role::Mediator), now)?;
+        let mediator = Expected::role(Role::Mediator);
+        verify_device(&root, end_entity, &mediator, &Revocations::default(), now)?;
         Ok(ServerCertVerified::assertion())
     }
 
     tls13_signatures!();
+    shows_any_certificate!();
 }
 
 #[cfg(test)]
@@ -270,9 +317,37 @@ mod tests {
         expected: Expected,
         now: u64,
     ) -> Result<DeviceId, VerifyError> {
+        check_with(authority, leaf, expected, &Revocations::default(), now)
+    }
+
+    fn check_with(
+        authority: &Authority,
+        leaf: &CertificateDer<'_>,
+        expected: Expected,
+        revoked: &Revocations,
+        now: u64,
+    ) -> Result<DeviceId, VerifyError> {
         let anchor = webpki::anchor_from_trusted_cert(authority.certificate()).expect("anchor");
         let now = UnixTime::since_unix_epoch(Duration::from_secs(now));
-        verify_device(&anchor, leaf, &expected, now).map(|peer| peer.device_id)
+        verify_device(&anchor, leaf, &expected, revoked, now).map(|peer| peer.device_id)
+    }
+
+    #[test]
+    fn a_revoked_key_is_refused_and_no_clock_is_earlier_than_the_list() {
+        let authority = organisation();
+        let leaf = device(&authority, Role::Agent);
+        let key = Peer::from_certificate(&leaf).expect("a device").public_key;
+        let list = |keys: &[([u8; 32], u64)], made| {
+            let der = authority.revocation_list(1, made, keys).expect("signs");
+            Revocations::read(&der, authority.certificate()).expect("reads")
+        };
+        let at =
+            |list: &Revocations, now| check_with(&authority, &leaf, Expected::role(Role::Agent), list, now);
+        assert_eq!(at(&list(&[(key, NOW)], NOW), NOW), Err(VerifyError::Revoked));
+        assert!(at(&list(&[([9; 32], NOW)], NOW), NOW).is_ok());
+        // A clock of 1970 with a list of today, and a certificate that has expired by the list's time.
+        assert!(at(&list(&[], NOW), 0).is_ok());
+        assert_eq!(at(&list(&[], NOW + DEVICE_VALIDITY + 2 * DAY), NOW), Err(VerifyError::Expired));
     }
 
     #[test]

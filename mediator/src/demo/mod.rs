@@ -121,7 +121,14 @@ async fn play(arguments: &Demo, dir: &Path, target: &Target) -> Result<(), Anyth
     Organisation::init(&server, &["127.0.0.1".to_owned()])?;
     std::fs::write(server.join(config::FILE), settings()?)?;
     let mut mediator = spawn(["run", "--data"], &server, &[])?;
-    let wanted = |role, all_agents| Wanted { role, ttl: 600, uses: 1, tags: Vec::new(), all_agents };
+    let wanted = |role, all_agents| Wanted {
+        role,
+        ttl: 600,
+        uses: 1,
+        tags: Vec::new(),
+        all_agents,
+        may_replace: false,
+    };
     let agent_token = token::make(&server, wanted(Role::Agent, false)).await?;
     let technician_token = token::make(&server, wanted(Role::Technician, true)).await?;
     step("enrolling", enrol(&agent, "demo-agent", &agent_token.to_string(), &mut mediator)).await?;

@@ -86,7 +86,9 @@ impl Server {
         all_agents: bool,
     ) -> EnrolmentToken {
         let tags = tags.iter().map(|tag| (*tag).to_owned()).collect();
-        token::make(self.dir.path(), Wanted { role, ttl, uses, tags, all_agents }).await.expect("token")
+        token::make(self.dir.path(), Wanted { role, ttl, uses, tags, all_agents, may_replace: false })
+            .await
+            .expect("token")
     }
 
     pub(crate) fn device_dir(&self, name: &str) -> PathBuf {

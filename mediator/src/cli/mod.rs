@@ -1,15 +1,21 @@
 //! The command line of `adit-mediator`.
 
+mod devices;
+mod hosts;
+mod policy;
+mod table;
+
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use adit_client::exit::Failure;
 use adit_protocol::Role;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::config::parse_hosts;
+use crate::config::{Https, parse_hosts};
 use crate::demo::{self, Demo};
 use crate::error::Error;
+use crate::operator::become_owner;
 use crate::organisation::Organisation;
 use crate::server::Mediator;
 use crate::token::{self, Wanted};
@@ -43,6 +49,30 @@ pub enum Command {
     /// Make an enrolment token and print it.
     #[command(after_help = "Example: adit-mediator token --role agent --tag site=berlin")]
     Token(Token),
+    /// List the enrolled devices: role, tags, whether they are online, from where, with which version.
+    #[command(after_help = "Example: adit-mediator devices --role agent --tag customer=acme")]
+    Devices(devices::Devices),
+    /// Give a device another name.
+    #[command(after_help = "Example: adit-mediator rename reception-pc front-desk")]
+    Rename(devices::Rename),
+    /// Change a device's tags.
+    #[command(after_help = "Example: adit-mediator tag reception-pc customer=acme site=berlin --remove old")]
+    Tag(devices::Tag),
+    /// Revoke a device: its sessions end at once, and it cannot come back.
+    #[command(after_help = "Example: adit-mediator revoke lost-laptop")]
+    Revoke(devices::Revoke),
+    /// Let a technician reach the agents that carry all of the tags given.
+    #[command(after_help = "Example: adit-mediator allow annas-laptop --tag customer=acme --tag site=berlin")]
+    Allow(policy::Allow),
+    /// Take a grant away from a technician: sessions that it alone permitted end at once.
+    #[command(after_help = "Example: adit-mediator deny annas-laptop 3")]
+    Deny(policy::Deny),
+    /// List which technician reaches which agents.
+    #[command(after_help = "Example: adit-mediator grants annas-laptop")]
+    Grants(policy::Grants),
+    /// List or change the names and addresses by which devices reach this server.
+    #[command(after_help = "Example: adit-mediator hosts add adit2.example.org")]
+    Hosts(hosts::Hosts),
     /// Everything on this machine with throwaway keys: server, agent, technician and a tunnel.
     #[command(after_help = "Example: adit-mediator demo --target 127.0.0.1:22")]
     Demo(Demo),
@@ -73,6 +103,12 @@ pub struct Run {
     /// Whether to run an embedded relay.
     #[arg(long, value_name = "on|off", default_value = "on", env = "ADIT_RELAY")]
     relay: Switch,
+    /// The certificate that browsers see, a chain in PEM. Goes before `[https] cert`.
+    #[arg(long, value_name = "FILE", env = "ADIT_CERT", requires = "key")]
+    cert: Option<PathBuf>,
+    /// Its key in PEM.
+    #[arg(long, value_name = "FILE", env = "ADIT_KEY", requires = "cert")]
+    key: Option<PathBuf>,
 }
 
 /// Arguments of `token`.
@@ -89,19 +125,38 @@ pub struct Token {
     /// How many devices it enrols.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     uses: u32,
-    /// Tag of the device. A technician reaches the agents that carry all tags of its token.
+    /// Tag of the device, can be given several times. Of a technician: its first grant; it reaches the agents
+    /// that carry all of them.
     #[arg(long = "tag", value_name = "KEY=VALUE")]
     tags: Vec<String>,
     /// A technician that reaches every agent.
     #[arg(long)]
     all_agents: bool,
+    /// With several --uses: machines that were installed anew may take their old names (adit enroll --replace).
+    /// A token for one device always may.
+    #[arg(long, verbatim_doc_comment)]
+    may_replace: bool,
 }
 
 #[derive(Debug, Args)]
 struct Data {
     /// State directory.
-    #[arg(long = "data", value_name = "DIR", env = "ADIT_DATA", default_value = "/var/lib/adit-mediator")]
+    #[arg(
+        long = "data",
+        value_name = "DIR",
+        env = "ADIT_DATA",
+        default_value = "/var/lib/adit-mediator",
+        global = true
+    )]
     dir: PathBuf,
+}
+
+impl Data {
+    /// The directory, for a command that changes what is in it: as its owner.
+    fn owned(&self) -> Result<&Path, Error> {
+        become_owner(&self.dir)?;
+        Ok(&self.dir)
+    }
 }
 
 /// On or off.
@@ -122,6 +177,14 @@ pub async fn run(cli: Cli) -> Result<(), Box<dyn Failure>> {
         Command::Init(arguments) => init(&arguments),
         Command::Run(arguments) => serve(&arguments).await,
         Command::Token(arguments) => make_token(arguments).await,
+        Command::Devices(arguments) => arguments.run().await,
+        Command::Rename(arguments) => arguments.run().await,
+        Command::Tag(arguments) => arguments.run().await,
+        Command::Revoke(arguments) => arguments.run().await,
+        Command::Allow(arguments) => arguments.run().await,
+        Command::Deny(arguments) => arguments.run().await,
+        Command::Grants(arguments) => arguments.run().await,
+        Command::Hosts(arguments) => arguments.run().await,
         Command::Demo(arguments) => {
             return demo::run(arguments).await.map_err(|error| Box::new(error) as Box<dyn Failure>);
         }
@@ -145,21 +208,24 @@ fn init(arguments: &Init) -> Result<(), Error> {
 
 async fn serve(arguments: &Run) -> Result<(), Error> {
     let stop = stop_signal();
-    let organisation = Organisation::load(&arguments.data.dir)?;
+    let mut organisation = Organisation::load(&arguments.data.dir)?;
+    if let (Some(cert), Some(key)) = (arguments.cert.clone(), arguments.key.clone()) {
+        organisation.config.https = Https { cert: Some(cert), key: Some(key) };
+    }
     let mediator = Mediator::bind(organisation, arguments.relay == Switch::On).await?;
     mediator.run(stop).await
 }
 
 async fn make_token(arguments: Token) -> Result<(), Error> {
-    let Token { data, role, ttl, uses, tags, all_agents } = arguments;
+    let Token { data, role, ttl, uses, tags, all_agents, may_replace } = arguments;
     if role == Role::Technician && tags.is_empty() && !all_agents {
         eprintln!("warning: without --tag and --all-agents this technician reaches no agent");
     }
     if role != Role::Technician && all_agents {
         eprintln!("warning: --all-agents means nothing for the role {role}");
     }
-    let wanted = Wanted { role, ttl: token::parse_ttl(&ttl)?, uses, tags, all_agents };
-    println!("{}", token::make(&data.dir, wanted).await?);
+    let wanted = Wanted { role, ttl: token::parse_ttl(&ttl)?, uses, tags, all_agents, may_replace };
+    println!("{}", token::make(data.owned()?, wanted).await?);
     Ok(())
 }
 

@@ -1,34 +1,42 @@
 //! The broker: authorises, writes the audit record, mints tickets, tells both ends at once.
+//!
+//! | module | what |
+//! | --- | --- |
+//! | this one | requests of technicians: which agents there are, and sessions with them |
+//! | [`life`] | what happens to sessions afterwards |
+//! | [`change`] | the operator has changed who may do what |
 
-use std::net::SocketAddr;
+mod change;
+mod life;
+
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use adit_protocol::control::{
-    AgentInfo, Answer, Candidates, Closed, Down, Grant, IceCredentials, LiveSession, Open, Refused,
-    RefusedCode, Tickets,
-};
-use adit_protocol::{Role, SessionId, Target};
+use adit_client::identity::revocation::Revoked;
+use adit_protocol::control::{AgentInfo, Closed, Down, Grant, IceCredentials, Open, Refused, RefusedCode};
+use adit_protocol::{DeviceId, Role, SessionId, Target};
 use tracing::{info, warn};
 
 use crate::audit::{Audit, Party, Record};
-use crate::organisation::unix_now;
+use crate::channel::Greeting;
+use crate::directory::Directory;
+use crate::organisation::{Keyring, unix_now};
 use crate::presence::{Channel, Presence};
 use crate::relays::{Pairing, Relay, Relays, TICKET_LIFE};
 use crate::sessions::{End, Session, Sessions};
 use crate::store::{Device, Store};
 
+pub use change::Effect;
+
 /// Targets that one request may name.
 const MAX_TARGETS: usize = 64;
-/// Bytes of candidates that one message may carry.
-const MAX_CANDIDATES: usize = 32 * 1024;
 /// Longest reason that is passed on or written down, in bytes.
 const MAX_REASON: usize = 256;
+/// What a device hears that is not one of ours any more.
+const REVOKED: &str = "this device was revoked: enrol it again with a new token";
 /// Agents that a refusal names.
 const NAMED: usize = 10;
-/// How often tickets are looked after and lost sessions swept out.
-const SWEEP: Duration = Duration::from_secs(60);
 
 /// Everything that sessions need, in one place. Nothing here blocks but the database and the audit log.
 pub struct Broker {
@@ -36,8 +44,17 @@ pub struct Broker {
     pub presence: Presence,
     /// Which relays are there.
     pub relays: Relays,
-    /// Devices and tokens.
+    /// What must last.
     pub store: Store,
+    /// Who is enrolled and may do what.
+    pub directory: Directory,
+    /// The enrolment key, while it is there.
+    pub keyring: Keyring,
+    /// The newest list of revoked certificates.
+    pub revoked: Revoked,
+    greeting: RwLock<Arc<Greeting>>,
+    /// The relay in this process.
+    embedded: OnceLock<Arc<adit_relay::Relay>>,
     /// The audit log.
     pub audit: Audit,
     sessions: Mutex<Sessions>,
@@ -47,166 +64,68 @@ pub struct Broker {
 
 impl Broker {
     /// A broker without sessions. `ticket_key`: seed and public key.
-    pub fn new(store: Store, audit: Audit, ticket_key: [u8; 64]) -> Arc<Self> {
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn new(
+        store: Store,
+        audit: Audit,
+        keyring: Keyring,
+        ticket_key: [u8; 64],
+    ) -> Result<Arc<Self>, sqlx::Error> {
         // Unique over restarts: nobody makes a million pairs of tickets a second.
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
-        Arc::new(Self {
+        Ok(Arc::new(Self {
             presence: Presence::default(),
             relays: Relays::default(),
+            directory: Directory::load(store.clone()).await?,
             store,
+            keyring,
+            revoked: Revoked::default(),
+            greeting: RwLock::default(),
+            embedded: OnceLock::new(),
             audit,
             sessions: Mutex::default(),
             ticket_key,
             serial: AtomicU64::new(now.as_micros() as u64),
-        })
+        }))
     }
 
     /// The agents that a technician may reach, sorted by name.
     ///
     /// # Errors
-    /// [`Denied`]: the device is no technician, or the database failed.
-    pub async fn list(&self, device: &Device) -> Result<Vec<AgentInfo>, Denied> {
-        let info = |agent: Device| AgentInfo {
+    /// [`Denied`]: the device is no technician.
+    pub fn list(&self, device: &Device) -> Result<Vec<AgentInfo>, Denied> {
+        let info = |agent: &Arc<Device>| AgentInfo {
             online: self.presence.is_online(agent.id),
             device: agent.id.0.to_vec(),
-            name: agent.name,
-            tags: agent.tags,
-            last_seen: agent.last_seen,
-            software: agent.software,
+            name: agent.name.clone(),
+            tags: agent.tags.clone(),
+            last_seen: agent.seen.at,
+            software: agent.seen.software.clone(),
         };
-        Ok(self.reachable(device).await?.into_iter().map(info).collect())
+        let technician = self.technician(device)?;
+        Ok(self.directory.reachable(&technician).iter().map(info).collect())
     }
 
     /// Grants a session, or says why not. Grant and offer are on their way when it returns.
     pub async fn open(&self, channel: &Channel, open: Open) {
-        let request = open.request;
-        if let Err(denied) = self.try_open(channel, open).await {
+        if let Err(denied) = self.try_open(channel, &open).await {
             info!(technician = %channel.device.id, code = ?denied.code, "session refused");
-            channel.send(denied.into_message(request));
-        }
-    }
-
-    /// An agent takes the session offered, or does not.
-    pub async fn answer(&self, device: &Device, answer: Answer) {
-        let Ok(id) = SessionId::try_from(answer.session.as_slice()) else { return };
-        if answer.accepted || device.role != Role::Agent {
-            return;
-        }
-        let Some(session) = self.sessions().remove(id, device) else { return };
-        let reason = shorten(&answer.reason);
-        let said =
-            format!("the agent refused: {}", if reason.is_empty() { "it gave no reason" } else { reason });
-        tell(&session.technician, Down::Closed(closed(id, &said)));
-        self.write_down(&session, "refused", &said, None).await;
-    }
-
-    /// Passes candidates on to the other end.
-    pub fn candidates(&self, device: &Device, mut candidates: Candidates) {
-        let Ok(id) = SessionId::try_from(candidates.session.as_slice()) else { return };
-        if candidates.candidates.len() > MAX_CANDIDATES {
-            return;
-        }
-        // Only the mediator itself says what it saw.
-        candidates.seen.clear();
-        let other = self.sessions().of(id, device).map(|session| session.other(device.role).clone());
-        if let Some(channel) = other.and_then(|other| other.channel) {
-            channel.pass_on(Down::Candidates(candidates));
-        }
-    }
-
-    /// An end says that its session is over.
-    pub async fn closed(&self, device: &Device, said: Closed) {
-        let Ok(id) = SessionId::try_from(said.session.as_slice()) else { return };
-        let reason = shorten(&said.reason).to_owned();
-        let (session, claimant) = {
-            let mut sessions = self.sessions();
-            (sessions.remove(id, device), sessions.drop_claim(id, device))
-        };
-        if let Some(session) = session {
-            tell(session.other(device.role), Down::Closed(closed(id, &reason)));
-            self.write_down(&session, "closed", &reason, Some((device.role, &said))).await;
-        } else if let Some(claimant) = claimant {
-            claimant.send(Down::Closed(closed(id, &reason)));
-        }
-    }
-
-    /// An end wants a new pair of tickets.
-    pub fn renew(&self, device: &Device, session: &[u8]) {
-        let Ok(id) = SessionId::try_from(session) else { return };
-        if self.sessions().wish(id, device, Instant::now()) {
-            self.push_tickets(id);
-        }
-    }
-
-    /// A device has come (back) with these sessions.
-    pub async fn hello(&self, channel: &Channel, named: &[LiveSession]) {
-        let greeted = self.sessions().greet(channel, named, Instant::now());
-        for session in &greeted.gone {
-            let reason = "the agent has been restarted";
-            tell(&session.technician, Down::Closed(closed(session.id, reason)));
-            self.write_down(session, "closed", reason, None).await;
-        }
-        for (id, technician, agent) in &greeted.forbidden {
-            let message = closed(*id, "this technician may not reach this agent");
-            technician.send(Down::Closed(message.clone()));
-            agent.send(Down::Closed(message));
-        }
-        for session in &greeted.restored {
-            // No record, no tickets: the tunnel itself lives on what it has.
-            if self.audit.write(&record("restored", session)).await.is_err() {
-                warn!(session = %session.id, "not restored: the audit record cannot be written");
-                self.sessions().remove(session.id, &session.agent.device);
-                continue;
+            let from = channel.from.to_string();
+            let record = Record {
+                technician: Some(party(&channel.device)),
+                wanted: shorten(&open.agent),
+                targets: &open.targets[..open.targets.len().min(MAX_TARGETS)],
+                from: &from,
+                reason: &denied.message,
+                ..Record::new("refused", unix_now())
+            };
+            // Of no use to anybody who wants to fill the disk.
+            if channel.may_note_refusal() && self.audit.write(&record).await.is_err() {
+                warn!("an audit record was lost");
             }
-            info!(session = %session.id, "session restored");
-            self.push_tickets(session.id);
-        }
-    }
-
-    /// A channel is gone. Its sessions go on.
-    pub fn gone(&self, channel: &Channel) {
-        self.presence.leave(channel);
-        self.relays.down(channel.id);
-        self.sessions().detach(channel.id, Instant::now());
-    }
-
-    /// A relay is there. Sessions that hold no ticket for it, or one of an older epoch, get new ones.
-    pub async fn relay_up(&self, relay: Relay) {
-        info!(relay = %relay.id, epoch = relay.epoch, "relay is up");
-        if self.relays.up(relay) {
-            self.push_stale().await;
-        }
-    }
-
-    /// ICE password of one end of a session.
-    pub fn ice_password(&self, id: SessionId, role: Role) -> Option<String> {
-        let sessions = self.sessions();
-        sessions.get(id)?.end(role).ice.as_ref().map(|ice| ice.password.clone())
-    }
-
-    /// A handshake of one end came from this address: tells the other end.
-    pub fn seen(&self, id: SessionId, role: Role, from: SocketAddr) {
-        let channel = self.sessions().seen(id, role, from);
-        if let Some(channel) = channel {
-            let candidates = vec![];
-            channel.pass_on(Down::Candidates(Candidates {
-                session: id.0.to_vec(),
-                candidates,
-                seen: from.to_string(),
-            }));
-        }
-    }
-
-    /// Keeps tickets fresh and sweeps out sessions that are lost, for ever.
-    pub async fn look_after(&self) {
-        let mut ticks = tokio::time::interval(SWEEP);
-        loop {
-            ticks.tick().await;
-            let lost = self.sessions().expire(Instant::now());
-            for session in lost {
-                self.write_down(&session, "closed", "both ends have been away for an hour", None).await;
-            }
-            self.push_stale().await;
+            channel.send(denied.into_message(open.request));
         }
     }
 
@@ -215,8 +134,8 @@ impl Broker {
         self.sessions().len()
     }
 
-    async fn try_open(&self, channel: &Channel, open: Open) -> Result<(), Denied> {
-        let targets = open.targets;
+    async fn try_open(&self, channel: &Channel, open: &Open) -> Result<(), Denied> {
+        let targets = &open.targets;
         if targets.len() > MAX_TARGETS || targets.iter().any(|target| target.parse::<Target>().is_err()) {
             return Err(Denied::new(RefusedCode::NotPermitted, "a target is not HOST:PORT[/udp]".into()));
         }
@@ -226,9 +145,12 @@ impl Broker {
                 "this mediator does not know that tier".into(),
             ));
         }
-        let reachable = self.reachable(&channel.device).await?;
-        let wanted = |agent: &&Device| agent.name == open.agent || agent.id.to_string() == open.agent;
-        let agent = reachable.iter().find(wanted).ok_or_else(|| unknown_agent(&open.agent, &reachable))?;
+        let technician = self.technician(&channel.device)?;
+        let agent = self.directory.agent(&open.agent);
+        let (agent, rule) = agent
+            .as_ref()
+            .and_then(|agent| Some((agent, technician.reaches(agent)?.to_string())))
+            .ok_or_else(|| unknown_agent(&open.agent, &self.directory.reachable(&technician)))?;
         let Some(agent_channel) = self.presence.newest(agent.id) else { return Err(offline(agent)) };
         let relays = self.relays.choose();
         if relays.is_empty() && open.via != "direct" {
@@ -247,18 +169,26 @@ impl Broker {
             let message = "too many sessions: close some first";
             return Err(Denied::new(RefusedCode::Unavailable, message.into()));
         }
-        let record = Record { targets: &targets, via: &open.via, ..record("grant", &session) };
+        let (from, agent_from) = (channel.from.to_string(), agent_channel.from.to_string());
+        let record = Record {
+            targets,
+            via: &open.via,
+            rule: &rule,
+            from: &from,
+            agent_from: &agent_from,
+            ..record("grant", &session)
+        };
         if self.audit.write(&record).await.is_err() {
             self.sessions().remove(id, &channel.device);
             let message =
                 "the mediator cannot write its audit record: the operator checks disk and permissions";
             return Err(Denied::new(RefusedCode::Unavailable, message.into()));
         }
-        // The agent may have come back without it meanwhile, and then it is closed already.
+        // Meanwhile the agent may have come back without it, or the grant was taken away.
         if self.sessions().get(id).is_none() {
             return Err(offline(agent));
         }
-        let (to_technician, to_agent) = self.grants(&session, &relays, open.request, &open.via, &targets);
+        let (to_technician, to_agent) = self.grants(&session, &relays, open.request, &open.via, targets);
         self.sessions().ticketed(id, epochs(&relays), Instant::now());
         if !agent_channel.send(Down::Offer(to_agent)) {
             self.sessions().remove(id, &channel.device);
@@ -270,21 +200,21 @@ impl Broker {
         Ok(())
     }
 
-    async fn reachable(&self, device: &Device) -> Result<Vec<Device>, Denied> {
+    /// The rule by which a technician reaches an agent now; `None`: it does not.
+    pub fn permits(&self, technician: DeviceId, agent: DeviceId) -> Option<String> {
+        let (technician, agent) = (self.directory.get(technician)?, self.directory.get(agent)?);
+        technician.reaches(&agent).map(ToString::to_string)
+    }
+
+    /// A technician as it is enrolled now.
+    fn technician(&self, device: &Device) -> Result<Arc<Device>, Denied> {
         if device.role != Role::Technician {
             let message =
                 format!("this device is enrolled as {}: only a technician may do this", device.role);
             return Err(Denied::new(RefusedCode::NotPermitted, message));
         }
-        let mut agents = self.store.devices(Role::Agent).await.map_err(|error| {
-            warn!(%error, "the database failed");
-            Denied::new(
-                RefusedCode::Unavailable,
-                "the mediator's database failed: the operator checks its disk".into(),
-            )
-        })?;
-        agents.retain(|agent| device.reach.covers(&agent.tags));
-        Ok(agents)
+        let gone = || Denied::new(RefusedCode::NotPermitted, REVOKED.into());
+        self.directory.get(device.id).ok_or_else(gone)
     }
 
     fn grants(
@@ -313,32 +243,6 @@ impl Broker {
             }
         };
         (grant(Role::Technician), grant(Role::Agent))
-    }
-
-    /// Both ends get tickets of one new pairing, at once.
-    fn push_tickets(&self, id: SessionId) {
-        let relays = self.relays.choose();
-        let Some(session) = self.sessions().get(id).cloned() else { return };
-        if relays.is_empty() {
-            return;
-        }
-        let pairing = self.pairing(&session);
-        self.sessions().ticketed(id, epochs(&relays), Instant::now());
-        for role in [Role::Agent, Role::Technician] {
-            let relays = pairing.tickets(role, &relays, &self.ticket_key);
-            tell(session.end(role), Down::Tickets(Tickets { session: id.0.to_vec(), relays }));
-        }
-    }
-
-    async fn push_stale(&self) {
-        let relays = epochs(&self.relays.choose());
-        let life = Duration::from_secs(TICKET_LIFE / 2);
-        let stale = self.sessions().stale(&relays, life, Instant::now());
-        for id in stale {
-            self.push_tickets(id);
-            // Thousands of signatures: others want to get on in between.
-            tokio::task::yield_now().await;
-        }
     }
 
     fn pairing(&self, session: &Session) -> Pairing {
@@ -405,24 +309,30 @@ fn closed(session: SessionId, reason: &str) -> Closed {
 }
 
 fn record<'a>(event: &'a str, session: &'a Session) -> Record<'a> {
-    let party = |end: &'a End| Some(Party { id: end.device.id.to_string(), name: &end.device.name });
     Record {
         session: Some(session.id.to_string()),
-        technician: party(&session.technician),
-        agent: party(&session.agent),
+        technician: Some(party(&session.technician.device)),
+        agent: Some(party(&session.agent.device)),
         ..Record::new(event, unix_now())
     }
 }
 
-fn epochs(relays: &[Relay]) -> Vec<(adit_protocol::DeviceId, u64)> {
+/// A device in the audit log.
+pub fn party(device: &Device) -> Party<'_> {
+    Party { id: device.id.to_string(), name: &device.name }
+}
+
+fn epochs(relays: &[Relay]) -> Vec<(DeviceId, u64)> {
     relays.iter().map(|relay| (relay.id, relay.epoch)).collect()
 }
 
-fn unknown_agent(wanted: &str, reachable: &[Device]) -> Denied {
+fn unknown_agent(wanted: &str, reachable: &[Arc<Device>]) -> Denied {
     let names: Vec<&str> = reachable.iter().take(NAMED).map(|agent| agent.name.as_str()).collect();
     let wanted = shorten(wanted);
     let message = match (names.as_slice(), reachable.len().saturating_sub(NAMED)) {
-        ([], _) => format!("no agent {wanted:?}: this technician may reach none (its token's tags decide)"),
+        ([], _) => {
+            format!("no agent {wanted:?}: this technician reaches none (the operator: adit-mediator allow)")
+        }
         (names, 0) => format!("no agent {wanted:?}; there are: {}", names.join(", ")),
         (names, more) => {
             format!("no agent {wanted:?}; there are: {}, and {more} more (adit ls)", names.join(", "))
@@ -432,7 +342,7 @@ fn unknown_agent(wanted: &str, reachable: &[Device]) -> Denied {
 }
 
 fn offline(agent: &Device) -> Denied {
-    let seen = match agent.last_seen {
+    let seen = match agent.seen.at {
         0 => "it was never online".to_owned(),
         at => format!("last seen {} ago", ago(unix_now().saturating_sub(at))),
     };

@@ -1,0 +1,132 @@
+//! `DIR/config.toml` of a device: what its owner has written down.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Deserializer};
+
+use crate::allow::{AllowList, Entry};
+use crate::exit::{Exit, Failure};
+
+/// Name of the file in the state directory.
+pub const FILE: &str = "config.toml";
+
+/// What the file says; what it does not say has its default.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// See [`Agent`].
+    pub agent: Agent,
+}
+
+/// Section `[agent]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Agent {
+    /// What technicians may reach from here; `None`: the default.
+    #[serde(deserialize_with = "entries")]
+    pub allow: Option<Vec<Entry>>,
+}
+
+impl Config {
+    /// Reads the file in `dir`; without one everything has its default.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names file, line and what is wrong.
+    pub fn load(dir: &Path) -> Result<Self, ConfigError> {
+        let path = dir.join(FILE);
+        let failed = |why: String| ConfigError { path: path.clone(), why };
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Self::default()),
+            Err(error) => return Err(failed(error.to_string())),
+        };
+        toml::from_str(&text).map_err(|error| failed(error.to_string().trim_end().to_owned()))
+    }
+}
+
+/// The file as enrolment writes it for an agent: every setting with its default, commented.
+pub fn template() -> String {
+    let allow = AllowList::default();
+    let entries: Vec<String> =
+        allow.entries().iter().map(|entry| format!("{:?}", entry.to_string())).collect();
+    format!(
+        r#"# Settings of this device. Those with a # in front have that value by default. A change takes effect
+# when the agent is started again.
+
+[agent]
+# What technicians may reach from here, on this machine and beside it: "HOST:PORTS[/udp]" and
+# "NETWORK/BITS:PORTS[/udp]", for example "192.168.1.0/24:80,443,3389". Nothing else is reached, whatever
+# the operator grants.
+# allow = [{}]
+"#,
+        entries.join(", ")
+    )
+}
+
+fn entries<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<Entry>>, D::Error> {
+    let texts = Vec::<String>::deserialize(deserializer)?;
+    let parsed = texts.iter().map(|text| text.parse().map_err(|error| format!("{text:?}: {error}")));
+    parsed.collect::<Result<_, _>>().map(Some).map_err(serde::de::Error::custom)
+}
+
+/// A configuration that was not taken.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {why}", path.display())]
+pub struct ConfigError {
+    path: PathBuf,
+    why: String,
+}
+
+impl Failure for ConfigError {
+    fn exit(&self) -> Exit {
+        Exit::Usage
+    }
+
+    fn remedy(&self) -> Option<String> {
+        Some("correct that line, or remove the file for the defaults".to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Config, ConfigError> {
+        let dir = tempfile::tempdir().expect("tempdir");
+        fs::write(dir.path().join(FILE), text).expect("writes");
+        Config::load(dir.path())
+    }
+
+    #[test]
+    fn the_template_and_no_file_are_the_defaults() {
+        assert_eq!(read(&template()).expect("reads"), Config::default());
+        let dir = tempfile::tempdir().expect("tempdir");
+        assert_eq!(Config::load(dir.path()).expect("nothing there"), Config::default());
+        // What stands there as an example is what is in force.
+        let uncommented = template().replace("# allow", "allow");
+        let allow = read(&uncommented).expect("reads").agent.allow.expect("is there");
+        assert_eq!(allow, AllowList::default().entries());
+    }
+
+    #[test]
+    fn what_is_written_down_counts_and_what_is_wrong_is_named() {
+        let config =
+            read("[agent]\nallow = [\"192.168.1.0/24:80,443\", \"db.local:53/udp\"]").expect("reads");
+        let allow = config.agent.allow.expect("is there");
+        assert_eq!(
+            allow.iter().map(Entry::to_string).collect::<Vec<_>>(),
+            ["192.168.1.0/24:80,443", "db.local:53/udp"]
+        );
+        assert_eq!(read("[agent]\nallow = []").expect("reads").agent.allow, Some(vec![]));
+        for (text, named) in [
+            ("[agent]\nalow = []", "alow"),
+            ("[agent]\nallow = [\"10.0.0.5/8:80\"]", "10.0.0.5/8:80"),
+            ("x", FILE),
+        ] {
+            let error = read(text).expect_err(text);
+            assert!(error.to_string().contains(named), "{error}");
+        }
+    }
+}

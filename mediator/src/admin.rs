@@ -1,0 +1,199 @@
+//! How the operator's commands talk to a mediator that runs on the same directory: a socket for its owner
+//! only, one JSON object each way. Commands change the database themselves; the mediator is told to take note.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use adit_protocol::DeviceId;
+use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::time::{sleep, timeout};
+use tracing::warn;
+
+use crate::broker::{Broker, Effect};
+use crate::error::Error;
+
+const SOCKET: &str = "admin.sock";
+/// Longest request, in bytes.
+const MAX_REQUEST: u64 = 64 * 1024;
+/// How long a request may take to arrive.
+const ARRIVE: Duration = Duration::from_secs(2);
+/// How long the mediator may take to answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Pause after an error that the next accept may meet again.
+const REST: Duration = Duration::from_millis(500);
+
+/// What a command asks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "do", rename_all = "snake_case")]
+pub enum Request {
+    /// The database has changed: let it take effect.
+    Reload,
+    /// Who is online?
+    Presence,
+}
+
+/// What the mediator answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "answer", rename_all = "snake_case")]
+pub enum Answer {
+    /// The change has taken effect.
+    Reloaded(Effect),
+    /// Who is online.
+    Presence {
+        /// One for each control channel.
+        channels: Vec<Present>,
+    },
+    /// It could not be done.
+    Failed {
+        /// Why, for people.
+        why: String,
+    },
+}
+
+/// A control channel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Present {
+    /// Device id.
+    pub device: DeviceId,
+    /// `IP:PORT` that it comes from.
+    pub address: String,
+    /// Seconds since 1970-01-01 UTC.
+    pub since: u64,
+    /// What runs there, as it said itself.
+    pub software: String,
+}
+
+/// Asks the mediator that runs on `dir`; `None` when there is none.
+///
+/// # Errors
+/// [`AskError`]: there is one, and it does not answer.
+pub async fn ask(dir: &Path, request: &Request) -> Result<Option<Answer>, AskError> {
+    let socket = match UnixStream::connect(dir.join(SOCKET)).await {
+        Ok(socket) => socket,
+        Err(error) => {
+            use io::ErrorKind::{ConnectionRefused, NotFound};
+            return if matches!(error.kind(), ConnectionRefused | NotFound) {
+                Ok(None)
+            } else {
+                Err(AskError(error))
+            };
+        }
+    };
+    let answer = async {
+        let (reader, mut writer) = socket.into_split();
+        let mut line = serde_json::to_vec(request)?;
+        line.push(b'\n');
+        writer.write_all(&line).await?;
+        let mut text = Vec::new();
+        let mut reader = reader;
+        reader.read_to_end(&mut text).await?;
+        Ok(serde_json::from_slice(&text)?)
+    };
+    let late = || AskError(io::Error::from(io::ErrorKind::TimedOut));
+    timeout(PATIENCE, answer).await.map_err(|_| late())?.map(Some).map_err(AskError)
+}
+
+/// The mediator on this directory does not answer.
+#[derive(Debug, thiserror::Error)]
+#[error("the mediator that runs here does not answer: {0}")]
+pub struct AskError(io::Error);
+
+/// The socket; removed when dropped.
+#[derive(Debug)]
+pub struct Server {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Server {
+    /// Takes the place of a socket that a process left which is gone.
+    ///
+    /// # Errors
+    /// What the system said; `AddrInUse` when another mediator runs on this directory.
+    pub async fn bind(dir: &Path) -> io::Result<Self> {
+        let path = dir.join(SOCKET);
+        if UnixStream::connect(&path).await.is_ok() {
+            return Err(io::ErrorKind::AddrInUse.into());
+        }
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&path)?;
+        // The directory itself is its owner's only, too.
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600))?;
+        Ok(Self { listener, path })
+    }
+
+    /// Answers, one after the other, until dropped. `apply` lets new settings take effect.
+    pub async fn serve(self, broker: Arc<Broker>, apply: impl Fn() -> Result<(), Error> + Sync) {
+        loop {
+            match self.listener.accept().await {
+                Ok((socket, _)) => {
+                    if let Err(error) = serve_one(socket, &broker, &apply).await {
+                        warn!(%error, "a command of the operator was not answered");
+                    }
+                }
+                Err(_) => sleep(REST).await,
+            }
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+async fn serve_one(
+    socket: UnixStream,
+    broker: &Broker,
+    apply: &(impl Fn() -> Result<(), Error> + Sync),
+) -> io::Result<()> {
+    let (reader, mut writer) = socket.into_split();
+    let mut line = String::new();
+    timeout(ARRIVE, BufReader::new(reader.take(MAX_REQUEST)).read_line(&mut line)).await??;
+    let answer = match serde_json::from_str(&line) {
+        Ok(request) => answer(request, broker, apply).await,
+        Err(error) => Answer::Failed { why: format!("this mediator does not know that request: {error}") },
+    };
+    timeout(ARRIVE, writer.write_all(&serde_json::to_vec(&answer)?)).await?
+}
+
+async fn answer(
+    request: Request,
+    broker: &Broker,
+    apply: &(impl Fn() -> Result<(), Error> + Sync),
+) -> Answer {
+    match request {
+        Request::Reload => {
+            if let Err(error) = apply() {
+                return Answer::Failed { why: error.to_string() };
+            }
+            match broker.reload().await {
+                Ok(effect) => Answer::Reloaded(effect),
+                Err(error) => Answer::Failed { why: error.to_string() },
+            }
+        }
+        Request::Presence => {
+            let present = |channel: crate::presence::Channel| Present {
+                device: channel.device.id,
+                address: channel.from.to_string(),
+                since: channel.since,
+                software: broker
+                    .directory
+                    .get(channel.device.id)
+                    .map(|d| d.seen.software.clone())
+                    .unwrap_or_default(),
+            };
+            Answer::Presence { channels: broker.presence.all().into_iter().map(present).collect() }
+        }
+    }
+}
