@@ -90,10 +90,12 @@ async fn wine_agent(stage: &Stage) -> anyhow::Result<()> {
 async fn wine_technician(stage: &Stage) -> anyhow::Result<()> {
     let server = stage.server().await?;
     let (echo, udp) = (tcp_echo().await?, udp_echo().await?);
+    let greeter = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
     stage.enrol(System::Linux, "agent", &[]).await?;
     let enrolled = stage.enrol(System::Wine, "technician", &["--all-agents"]).await?;
     ensure!(enrolled["role"] == "technician", "{enrolled}");
-    let agent = stage.agent(System::Linux, &[echo.to_string(), format!("{udp}/udp")]).await?;
+    let allow = [echo.to_string(), format!("{udp}/udp"), greeter.local_addr()?.to_string()];
+    let agent = stage.agent(System::Linux, &allow).await?;
 
     stage.list(System::Wine).await?;
     for (via, carrier) in [("relay", "relay"), ("direct", "quic")] {
@@ -105,6 +107,7 @@ async fn wine_technician(stage: &Stage) -> anyhow::Result<()> {
     }
     stage.datagrams(System::Wine, udp).await?;
     stage.stdio(System::Wine, echo).await?;
+    stage.target_ends_first(greeter).await?;
     stage.refusals(System::Wine).await?;
     stage.end(agent).await?;
     drop(server);
@@ -269,6 +272,7 @@ impl Stage {
         })
         .await?;
         ensure!(got == sent, "another datagram came back");
+        println!("{system:?}: a datagram there and back");
         self.end(forward).await
     }
 
@@ -293,6 +297,20 @@ impl Stage {
             output.stdout.len()
         );
         println!("{system:?}: adit stdio, {STDIO_BYTES} bytes there and back, SHA-256 agrees");
+        Ok(())
+    }
+
+    /// The target's end of file ends `adit stdio` under Wine, while its standard input stays open.
+    async fn target_ends_first(&self, target: TcpListener) -> anyhow::Result<()> {
+        let arguments = ["stdio", "agent", &target.local_addr()?.to_string()];
+        let mut stdio = Process::here(self.adit(System::Wine, &arguments, "technician")?)?;
+        let (mut stream, _) = within(PATIENCE, "a connection", async { Ok(target.accept().await?) }).await?;
+        stream.write_all(b"hello\n").await?;
+        stream.shutdown().await?;
+        let stdin = stdio.stdin.take().context("piped")?;
+        let finished = stdio.finish(PATIENCE).await?;
+        drop(stdin);
+        ensure!(finished.code == 0 && finished.stdout == "hello", "{finished:?}");
         Ok(())
     }
 

@@ -14,5 +14,6 @@ use windows as system;
 pub(crate) use windows::{in_profile, take_over};
 
 pub(crate) use system::{
-    COLOURS, Signals, create_private_dir, machine_name, out_of_descriptors, set_access, sync_dir,
+    COLOURS, Signals, create_private_dir, limit_unsent, machine_name, out_of_descriptors, set_access,
+    sync_dir,
 };

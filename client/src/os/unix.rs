@@ -7,6 +7,7 @@ use std::path::Path;
 use std::task::Poll;
 
 use rustix::io::Errno;
+use tokio::net::TcpStream;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Whether a terminal here understands escape sequences.
@@ -57,4 +58,13 @@ pub(crate) fn out_of_descriptors(error: &io::Error) -> bool {
 /// The name of this machine.
 pub(crate) fn machine_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+/// How many unsent bytes of a connection the kernel may hold (TCP_NOTSENT_LOWAT). Best effort, and on Linux
+/// only.
+pub(crate) fn limit_unsent(stream: &TcpStream, bytes: u32) {
+    #[cfg(target_os = "linux")]
+    let _ = socket2::SockRef::from(stream).set_tcp_notsent_lowat(bytes);
+    #[cfg(not(target_os = "linux"))]
+    let _ = (stream, bytes);
 }
