@@ -11,7 +11,7 @@ use std::time::Duration;
 use adit_protocol::control::{Closed, Down, Grant, LiveSession, Up, Welcome};
 use adit_protocol::{DeviceId, SessionId};
 use adit_tunnel::session::End;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tracing::{debug, warn};
 
 use crate::control::hello;
@@ -19,6 +19,7 @@ use crate::control::maintain::{Control, NotConnected, State, maintain};
 use crate::direct::DirectEndpoint;
 use crate::identity::Live;
 use crate::identity::revocation::Revocations;
+use crate::probe;
 use crate::session::{self, Parts, SessionEvent};
 use crate::tunnel::Tunnel;
 use crate::via::Via;
@@ -80,8 +81,14 @@ impl Hub {
         let (control, downs) = maintain(identity.clone(), move || hello(live_sessions(&live)));
         let (offers, receiver) = mpsc::channel(SESSION_QUEUE);
         let requests = Arc::default();
-        let reader =
-            tokio::spawn(read(downs, identity.clone(), sessions.clone(), Arc::clone(&requests), offers));
+        let reader = tokio::spawn(read(
+            downs,
+            control.clone(),
+            identity.clone(),
+            sessions.clone(),
+            Arc::clone(&requests),
+            offers,
+        ));
         let hub = Self {
             identity,
             control,
@@ -191,11 +198,13 @@ impl Drop for Hub {
 /// Sorts what the mediator says: answers, session offers, and news of sessions.
 async fn read(
     mut downs: mpsc::Receiver<Down>,
+    control: Control,
     identity: Arc<Live>,
     sessions: Sessions,
     requests: Arc<Mutex<HashMap<u64, oneshot::Sender<Down>>>>,
     offers: mpsc::Sender<Grant>,
 ) {
+    let probing = Arc::new(Semaphore::new(1));
     while let Some(down) = downs.recv().await {
         let (request, session) = match &down {
             Down::Offer(grant) => {
@@ -206,6 +215,17 @@ async fn read(
             }
             Down::Revocations(_) => {
                 close_revoked(&identity.get().revoked.newest(), &sessions);
+                continue;
+            }
+            Down::Probe(probe) => {
+                // One at a time: who asks again meanwhile gets no answer.
+                if let Ok(permit) = probing.clone().try_acquire_owned() {
+                    let (identity, control, probe) = (identity.get(), control.clone(), probe.clone());
+                    tokio::spawn(async move {
+                        let _ = control.send(Up::Probed(probe::run(identity, probe).await)).await;
+                        drop(permit);
+                    });
+                }
                 continue;
             }
             // The channel's keeper has taken it.

@@ -15,7 +15,9 @@ pub mod forward;
 pub mod hub;
 pub mod identity;
 pub mod leg;
+pub mod log;
 mod os;
+pub mod probe;
 #[cfg(windows)]
 pub mod service;
 pub mod session;

@@ -9,13 +9,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use adit_protocol::DeviceId;
+use adit_protocol::control::Reached;
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::{sleep, timeout};
 use tracing::warn;
 
-use crate::broker::{Broker, Effect};
+use crate::broker::{Addresses, Broker, Effect};
 use crate::error::Error;
 
 const SOCKET: &str = "admin.sock";
@@ -24,7 +25,7 @@ const MAX_REQUEST: u64 = 64 * 1024;
 /// How long a request may take to arrive.
 const ARRIVE: Duration = Duration::from_secs(2);
 /// How long the mediator may take to answer.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(30);
 /// Pause after an error that the next accept may meet again.
 const REST: Duration = Duration::from_millis(500);
 
@@ -36,6 +37,13 @@ pub enum Request {
     Reload,
     /// Who is online?
     Presence,
+    /// Lets an agent try whether this server can be reached from there.
+    Probe {
+        /// Its device id.
+        agent: DeviceId,
+    },
+    /// What this server listens on and says of itself.
+    About,
 }
 
 /// What the mediator answers.
@@ -49,11 +57,53 @@ pub enum Answer {
         /// One for each control channel.
         channels: Vec<Present>,
     },
+    /// What the agent found.
+    Probed {
+        /// One for each address.
+        results: Vec<Found>,
+    },
+    /// What this server says of itself.
+    About(About),
     /// It could not be done.
     Failed {
         /// Why, for people.
         why: String,
     },
+}
+
+/// Whether one address was reached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Found {
+    /// `https`, `relay` or `stun`.
+    pub what: String,
+    /// `HOST:PORT`.
+    pub address: String,
+    /// It was reached, and is what it should be.
+    pub ok: bool,
+    /// How long that took.
+    pub micros: u64,
+    /// What was found out, or why not.
+    pub detail: String,
+}
+
+impl From<Reached> for Found {
+    fn from(reached: Reached) -> Self {
+        let Reached { what, address, ok, micros, detail } = reached;
+        Self { what, address, ok, micros, detail }
+    }
+}
+
+/// A mediator that runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct About {
+    /// Process id.
+    pub pid: u32,
+    /// `HOST:PORT` by which its mediator, its relays and its STUN servers are reached.
+    pub https: Vec<String>,
+    /// See `https`.
+    pub relay: Vec<String>,
+    /// See `https`.
+    pub stun: Vec<String>,
 }
 
 /// A control channel.
@@ -181,6 +231,14 @@ async fn answer(
                 Ok(effect) => Answer::Reloaded(effect),
                 Err(error) => Answer::Failed { why: error.to_string() },
             }
+        }
+        Request::Probe { agent } => match broker.probe(agent).await {
+            Ok(results) => Answer::Probed { results: results.into_iter().map(Found::from).collect() },
+            Err(why) => Answer::Failed { why: why.to_owned() },
+        },
+        Request::About => {
+            let Addresses { https, relay, stun } = broker.addresses();
+            Answer::About(About { pid: std::process::id(), https, relay, stun })
         }
         Request::Presence => {
             let present = |channel: crate::presence::Channel| Present {

@@ -1,7 +1,7 @@
 //! The audit log: one JSON object a line, on the disk before what it tells of happens.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::time::Duration;
 
@@ -134,8 +134,9 @@ impl Audit {
         // Who reached what is nobody else's business.
         #[cfg(unix)]
         std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-        let file = options.open(path);
-        let file = file.map_err(|error| Error::Audit { path: path.to_owned(), error })?;
+        let failed = |error| Error::Audit { path: path.to_owned(), error };
+        let mut file = options.read(true).open(path).map_err(failed)?;
+        mend(&mut file).map_err(failed)?;
         let (queue, jobs) = mpsc::channel(QUEUE);
         tokio::task::spawn_blocking(move || write_all(file, jobs));
         Ok(Self { queue })
@@ -181,6 +182,17 @@ fn write_all(mut file: File, mut jobs: mpsc::Receiver<Job>) {
     }
 }
 
+/// A line that was cut off by a power failure must not spoil the next one.
+fn mend(file: &mut File) -> io::Result<()> {
+    let length = file.metadata()?.len();
+    let mut last = [b'\n'];
+    if length > 0 {
+        file.seek(SeekFrom::Start(length - 1))?;
+        file.read_exact(&mut last)?;
+    }
+    if last != *b"\n" { file.write_all(b"\n") } else { Ok(()) }
+}
+
 /// All lines of the batch, or none.
 fn append(file: &mut File, batch: &[Job]) -> io::Result<()> {
     // The operator's commands write here, too.
@@ -216,6 +228,16 @@ mod tests {
             assert_eq!(text.lines().count() as u64, time + 1);
             assert_eq!(text.lines().last(), Some(format!(r#"{{"time":{time},"event":"grant"}}"#).as_str()));
         }
+    }
+
+    #[tokio::test]
+    async fn a_line_that_was_cut_off_spoils_no_other() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let path = dir.path().join("audit.jsonl");
+        std::fs::write(&path, "{\"time\":1,\"ev").expect("writes");
+        Audit::open(&path).expect("opens").write(&Record::new("grant", 2)).await.expect("writes");
+        let text = std::fs::read_to_string(&path).expect("reads");
+        assert_eq!(text, "{\"time\":1,\"ev\n{\"time\":2,\"event\":\"grant\"}\n");
     }
 
     #[cfg(target_os = "linux")]

@@ -119,6 +119,7 @@ async fn converse(incoming: &mut Incoming<ToMediator>, channel: &Channel, broker
             Some(Up::Closed(closed)) => broker.closed(device, closed).await,
             Some(Up::Renew(renew)) => broker.renew(device, &renew.session),
             Some(Up::RelayUp(up)) => relay_up(channel, broker, up).await,
+            Some(Up::Probed(probed)) => broker.probed(device.id, probed),
             Some(Up::Tier(tier)) => broker.tier(device, tier).await,
             // `Hello` comes once; the rest is of a later version.
             Some(Up::Hello(_)) | None => {}

@@ -68,6 +68,9 @@ pub enum Error {
         /// Those that it has.
         hosts: Vec<String>,
     },
+    /// The connection test has found something.
+    #[error("{0} of the things looked at do not work")]
+    Faults(usize),
     /// The enrolment key would be needed.
     #[error("the enrolment key is offline, and {0}")]
     KeyOffline(&'static str),
@@ -161,9 +164,12 @@ fn there_are(names: &[String]) -> String {
 impl Failure for Error {
     fn exit(&self) -> Exit {
         match self {
-            Self::Certificate(_) | Self::Tls(_) | Self::Io(_) | Self::NotWritten(_) | Self::NotTaken(_) => {
-                Exit::Failed
-            }
+            Self::Certificate(_)
+            | Self::Tls(_)
+            | Self::Io(_)
+            | Self::NotWritten(_)
+            | Self::NotTaken(_)
+            | Self::Faults(_) => Exit::Failed,
             Self::Admin(_) => Exit::TimedOut,
             _ => Exit::Usage,
         }
@@ -184,6 +190,7 @@ impl Failure for Error {
             Self::NameTaken { .. } => "choose another, or revoke or rename that device first".into(),
             Self::NoDevice { .. } => "list them all with adit-mediator devices".into(),
             Self::Ambiguous(_) => "add --role, or give the device's id (adit-mediator devices --json)".into(),
+            Self::Faults(_) => "each is named above, with what to do".into(),
             Self::NoHost { .. } => "list them with adit-mediator hosts".into(),
             Self::NoGrant { .. } => "list them with adit-mediator grants".into(),
             Self::KeyOffline(_) => {

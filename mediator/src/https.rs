@@ -33,7 +33,8 @@ use crate::organisation::unix_now;
 const ROOT_KEY: &str = "web-root-key.pem";
 const ROOT: &str = "web-root.pem";
 const KEY: &str = "https-key.pem";
-const CERTIFICATE: &str = "https.pem";
+/// Name of the file in the directory.
+pub const CERTIFICATE: &str = "https.pem";
 const DAY: u64 = 24 * 60 * 60;
 /// Browsers refuse more than 398 days.
 const VALIDITY: u64 = 397 * DAY;
@@ -196,10 +197,36 @@ fn make(dir: &Path, hosts: &[String]) -> Result<(), HttpsError> {
 
 /// Whether the certificate in this file is for just these hosts, and has a third of its life left.
 fn fits(file: &Path, hosts: &[String]) -> bool {
-    let Ok(der) = CertificateDer::from_pem_file(file) else { return false };
-    let Ok((_, certificate)) = X509Certificate::from_der(&der) else { return false };
+    let Ok((mut named, ends)) = inspect(file) else { return false };
+    let mut wanted: Vec<String> = hosts.iter().map(|host| canonical(host)).collect();
+    named.sort_unstable();
+    wanted.sort_unstable();
+    named == wanted && ends > unix_now() + VALIDITY / 3
+}
+
+/// Whether a certificate with these names is good for `host`; a wildcard stands for one label (RFC 6125 section
+/// 6.4.3).
+pub fn covers(names: &[String], host: &str) -> bool {
+    let host = canonical(host);
+    let wildcard = host.split_once('.').map(|(_, rest)| format!("*.{rest}"));
+    names.iter().any(|name| name.eq_ignore_ascii_case(&host) || wildcard.as_deref() == Some(name))
+}
+
+fn canonical(host: &str) -> String {
+    host.parse::<IpAddr>().map_or_else(|_| host.to_ascii_lowercase(), |ip| ip.to_string())
+}
+
+/// The names and addresses of the first certificate in a file (PEM), and when it ends, in seconds since
+/// 1970-01-01 UTC.
+///
+/// # Errors
+/// What is wrong, with the file's name.
+pub fn inspect(file: &Path) -> Result<(Vec<String>, u64), String> {
+    let bad = |why: &dyn std::fmt::Display| format!("{}: {why}", file.display());
+    let der = CertificateDer::from_pem_file(file).map_err(|error| bad(&error))?;
+    let (_, certificate) = X509Certificate::from_der(&der).map_err(|error| bad(&error))?;
     let names = certificate.subject_alternative_name().ok().flatten();
-    let mut named: Vec<String> = names
+    let named: Vec<String> = names
         .iter()
         .flat_map(|names| &names.value.general_names)
         .filter_map(|name| match name {
@@ -211,12 +238,8 @@ fn fits(file: &Path, hosts: &[String]) -> bool {
             _ => None,
         })
         .collect();
-    let mut wanted: Vec<String> =
-        hosts.iter().map(|host| host.parse::<IpAddr>().map_or(host.clone(), |ip| ip.to_string())).collect();
-    named.sort_unstable();
-    wanted.sort_unstable();
     let ends = u64::try_from(certificate.validity().not_after.timestamp()).unwrap_or(0);
-    named == wanted && ends > unix_now() + VALIDITY / 3
+    Ok((named, ends))
 }
 
 fn valid(now: u64, seconds: u64) -> CertificateParams {
@@ -260,6 +283,13 @@ mod tests {
             "browsers trust the same root as before"
         );
         assert!(fits(&dir.path().join(CERTIFICATE), &hosts(&["new.example.org"])));
+    }
+
+    #[test]
+    fn wildcards_stand_for_one_label() {
+        let names = hosts(&["*.example.org", "192.0.2.1"]);
+        assert!(covers(&names, "A.example.org") && covers(&names, "192.0.2.1"));
+        assert!(!covers(&names, "example.org") && !covers(&names, "a.b.example.org"));
     }
 
     #[test]

@@ -6,6 +6,7 @@
 //! | [`cli`] | the command line |
 //! | [`organisation`], [`config`] | the directory that `init` makes |
 //! | [`operator`], [`admin`] | the operator's commands, and how they tell a mediator that runs |
+//! | [`doctor`] | the connection test |
 //! | [`token`], [`enrolment`] | how devices get their identity |
 //! | [`store`], [`directory`] | what must last, and who is enrolled and may do what |
 //! | [`server`] | what listens where |
@@ -25,6 +26,7 @@ pub mod cli;
 pub mod config;
 pub mod demo;
 pub mod directory;
+pub mod doctor;
 pub mod enrolment;
 pub mod error;
 pub mod https;

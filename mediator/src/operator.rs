@@ -86,7 +86,7 @@ impl Operator {
             None => Ok(None),
             Some(Answer::Reloaded(effect)) => Ok(Some(effect)),
             Some(Answer::Failed { why }) => Err(Error::NotTaken(why)),
-            Some(Answer::Presence { .. }) => Err(Error::NotTaken("it answered something else".into())),
+            Some(_) => Err(Error::NotTaken("it answered something else".into())),
         }
     }
 

@@ -32,7 +32,8 @@ pub const DATABASE: &str = "state.db";
 /// Name of the audit log in the directory.
 pub const AUDIT: &str = "audit.jsonl";
 
-const ROOT_KEY: &str = "root-key.pem";
+/// Name of the enrolment key's file in the directory.
+pub const ROOT_KEY: &str = "root-key.pem";
 const ROOT: &str = "root.pem";
 const SERVER_KEY: &str = "server-key.pem";
 const SERVER: &str = "server.pem";

@@ -107,6 +107,12 @@ impl Relays {
         [*first].into_iter().chain(second.copied()).take(GRANTED).cloned().collect()
     }
 
+    /// `HOST:PORT` (TCP) of all relays.
+    pub fn addresses(&self) -> Vec<String> {
+        let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        list.iter().flat_map(|relay| relay.addresses.clone()).collect()
+    }
+
     /// STUN servers of all relays.
     pub fn stun(&self) -> Vec<String> {
         let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);

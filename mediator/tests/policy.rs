@@ -335,6 +335,46 @@ async fn a_browser_sees_a_certificate_for_the_hosts_and_is_asked_for_none() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_doctor_tries_every_port_from_here_and_from_an_agent() {
+    let server = Server::start().await;
+    server.device(Role::Agent, "desk", &[]).await;
+    let live = Live::load(&server.device_dir("desk")).expect("loads");
+    let (hub, _offers) = adit_client::hub::Hub::start(live);
+    timeout(PATIENCE, hub.control().connected()).await.expect("in time").expect("connects");
+    let (code, stdout, stderr) = operator(&server, "doctor --from desk --json");
+    let findings: Vec<Value> = stdout.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    let texts: Vec<&str> = findings.iter().filter_map(|finding| finding["text"].as_str()).collect();
+    assert_eq!(code, 0, "{texts:#?}{stderr}");
+    for from in ["here", "desk"] {
+        for what in ["mediator at", "relay at", "STUN at"] {
+            assert!(
+                texts.iter().any(|text| text.starts_with(&format!("from {from}: {what}"))),
+                "{from} {what}: {texts:#?}"
+            );
+        }
+    }
+    assert!(texts.iter().any(|text| text.contains("strangers away")), "{texts:#?}");
+    assert!(texts.iter().any(|text| text.contains("nothing else")), "{texts:#?}");
+    let (code, _, stderr) = operator(&server, "doctor --from nobody");
+    assert_eq!((code, stderr.contains("there are: desk")), (2, true), "{stderr}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_doctor_names_what_does_not_work() {
+    let mut server = Server::start().await;
+    let config = server.dir.path().join("config.toml");
+    let text = std::fs::read_to_string(&config).expect("reads");
+    std::fs::write(&config, text.replace("hosts = [", "hosts = [\"nothing.invalid\", ")).expect("writes");
+    let (code, stdout, _) = operator(&server, "doctor");
+    assert_eq!(code, 1, "{stdout}");
+    assert!(stdout.contains("FAULT nothing.invalid does not resolve"), "{stdout}");
+    server.stop().await;
+    let (code, stdout, _) = operator(&server, "doctor");
+    assert_eq!(code, 1);
+    assert!(stdout.contains("no mediator runs") && stdout.contains("systemctl start"), "{stdout}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn devices_tells_what_there_is_to_know() {
     let server = Server::start().await;
     let desk = server.device(Role::Agent, "desk", &["site=a"]).await;

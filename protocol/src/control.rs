@@ -13,7 +13,7 @@ pub const MAX_MESSAGE: usize = 1024 * 1024;
 #[derive(Clone, PartialEq, Message)]
 pub struct ToMediator {
     /// The message.
-    #[prost(oneof = "Up", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9")]
+    #[prost(oneof = "Up", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
     pub message: Option<Up>,
 }
 
@@ -47,13 +47,16 @@ pub enum Up {
     /// An agent says on which tier a session runs, for the audit.
     #[prost(message, tag = "9")]
     Tier(Tier),
+    /// Answer to `Probe`.
+    #[prost(message, tag = "10")]
+    Probed(Probed),
 }
 
 /// From the mediator to a device.
 #[derive(Clone, PartialEq, Message)]
 pub struct ToDevice {
     /// The message.
-    #[prost(oneof = "Down", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
+    #[prost(oneof = "Down", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
     pub message: Option<Down>,
 }
 
@@ -90,6 +93,9 @@ pub enum Down {
     /// The newest list of revoked certificates.
     #[prost(message, tag = "10")]
     Revocations(Revocations),
+    /// To an agent: can these servers be reached from there?
+    #[prost(message, tag = "11")]
+    Probe(Probe),
 }
 
 /// Version and software of a device.
@@ -365,6 +371,54 @@ pub struct Tier {
     /// Why, for people.
     #[prost(string, tag = "4")]
     pub reason: String,
+}
+
+/// See [`Down::Probe`]. Addresses are `HOST:PORT`; an agent tries at most 16 of each kind.
+#[derive(Clone, PartialEq, Message)]
+pub struct Probe {
+    /// Comes back in the answer.
+    #[prost(uint64, tag = "1")]
+    pub request: u64,
+    /// Mediators (TCP): a TLS handshake with the device's certificate.
+    #[prost(string, repeated, tag = "2")]
+    pub https: Vec<String>,
+    /// Relays (TCP): a connection without a ticket, which they must refuse.
+    #[prost(string, repeated, tag = "3")]
+    pub relay: Vec<String>,
+    /// STUN servers (UDP): a Binding request.
+    #[prost(string, repeated, tag = "4")]
+    pub stun: Vec<String>,
+}
+
+/// See [`Up::Probed`].
+#[derive(Clone, PartialEq, Message)]
+pub struct Probed {
+    /// From the request.
+    #[prost(uint64, tag = "1")]
+    pub request: u64,
+    /// One for each address.
+    #[prost(message, repeated, tag = "2")]
+    pub results: Vec<Reached>,
+}
+
+/// Whether one address was reached.
+#[derive(Clone, PartialEq, Message)]
+pub struct Reached {
+    /// `https`, `relay` or `stun`.
+    #[prost(string, tag = "1")]
+    pub what: String,
+    /// From the request.
+    #[prost(string, tag = "2")]
+    pub address: String,
+    /// It was reached, and is what it should be.
+    #[prost(bool, tag = "3")]
+    pub ok: bool,
+    /// How long that took.
+    #[prost(uint64, tag = "4")]
+    pub micros: u64,
+    /// What was found out, or why not, for people.
+    #[prost(string, tag = "5")]
+    pub detail: String,
 }
 
 /// See [`Down::Update`].

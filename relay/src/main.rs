@@ -1,19 +1,23 @@
 //! `adit-relay`: parses, runs, exits with the documented code.
 
-use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use adit_client::exit::{Exit, report};
 use adit_relay::cli::Cli;
 use clap::Parser;
-use tracing_subscriber::EnvFilter;
 
 #[tokio::main]
 async fn main() -> ExitCode {
     let cli = Cli::parse();
-    let filter = EnvFilter::try_from_env("ADIT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let colours = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
+    let filter = std::env::var("ADIT_LOG").unwrap_or_default();
+    let filter = if filter.is_empty() { "info" } else { &filter };
+    if let Err(error) = adit_client::log::start(filter) {
+        eprintln!(
+            "error: ADIT_LOG={filter}: {error}
+  for example ADIT_LOG=debug, or warn,adit_relay=trace"
+        );
+        return Exit::Usage.into();
+    }
     match cli.run().await {
         Ok(()) => Exit::Done.into(),
         Err(failure) => {

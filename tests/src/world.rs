@@ -4,6 +4,7 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -28,18 +29,34 @@ pub struct Setup {
     pub embedded_relay: bool,
     /// The agent's `--allow`: `HOST:PORT[/udp]`. Empty: the agent's own default.
     pub allow: Vec<String>,
+    /// The mediator's state is on a disk of its own with so many bytes, as tmpfs writes them: `16m`.
+    pub server_disk: Option<&'static str>,
+}
+
+/// `ADIT_LOG` of all programs of this test, see [`log`].
+static LOG: OnceLock<&'static str> = OnceLock::new();
+
+/// All programs of this test log what `filter` says.
+pub fn log(filter: &'static str) {
+    let _ = LOG.set(filter);
 }
 
 impl Setup {
     /// An embedded relay, and an agent that allows everything on its loopback, TCP and UDP.
     pub fn new(topology: Topology) -> Self {
         let allow = ["127.0.0.0/8:1-65535", "127.0.0.0/8:1-65535/udp"].map(str::to_owned).to_vec();
-        Self { topology, embedded_relay: true, allow }
+        Self { topology, embedded_relay: true, allow, server_disk: None }
     }
 
     /// The mediator embeds no relay.
     pub fn bare_mediator(mut self) -> Self {
         self.embedded_relay = false;
+        self
+    }
+
+    /// The mediator's state is on a disk of its own, of this size: `16m`.
+    pub fn server_disk(mut self, size: &'static str) -> Self {
+        self.server_disk = Some(size);
         self
     }
 
@@ -67,8 +84,17 @@ pub struct World {
 impl World {
     /// Brings everything up. Returns once the technician sees the agent online.
     pub async fn up(setup: Setup) -> anyhow::Result<Self> {
-        let lab = Lab::up(&setup.topology).await?;
         let state = tempfile::Builder::new().prefix("adit-lab-").tempdir()?;
+        if let Some(size) = setup.server_disk {
+            // Before the hosts come up: each sees what is mounted then.
+            let disk = state.path().join("server");
+            std::fs::create_dir(&disk)?;
+            let options = format!("size={size},mode=0700");
+            let mounted =
+                Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(&disk).status()?;
+            ensure!(mounted.success(), "cannot mount a disk of {size}");
+        }
+        let lab = Lab::up(&setup.topology).await?;
         let dir = |name: &str| state.path().join(name).to_string_lossy().into_owned();
 
         let (server, address) = (&lab.server, lab.server.address.to_string());
@@ -217,6 +243,9 @@ pub fn start(host: &Host, program: &str, arguments: &[&str]) -> anyhow::Result<P
     // The caller's own settings must not leak in.
     for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_string_lossy().starts_with("ADIT_")) {
         command.env_remove(name);
+    }
+    if let Some(filter) = LOG.get() {
+        command.env("ADIT_LOG", filter);
     }
     command.args(arguments);
     host.spawn(command)

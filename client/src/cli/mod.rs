@@ -14,11 +14,9 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use tracing_subscriber::EnvFilter;
 
 use crate::events::{complain, printable};
 use crate::exit::{Exit, Failure, report};
-use crate::os;
 
 /// Reach RDP, SSH, HTTP and other services on machines behind NAT and firewalls.
 #[derive(Debug, Parser)]
@@ -93,13 +91,7 @@ fn start_log(filter: Option<&str>, command: &Command) -> Result<(), CliError> {
     // What ends a command is said once, as its error.
     let default = if matches!(command, Command::Agent(_)) { "info" } else { "error" };
     let filter = filter.filter(|filter| !filter.is_empty()).unwrap_or(default);
-    let filter = EnvFilter::builder().parse(filter).map_err(|_| CliError::Log(filter.to_owned()))?;
-    // A program that embeds this one may log already.
-    let colours = os::COLOURS && std::io::IsTerminal::is_terminal(&std::io::stderr());
-    let log =
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours);
-    let _ = log.try_init();
-    Ok(())
+    crate::log::start(filter).map_err(|_| CliError::Log(filter.to_owned()))
 }
 
 /// Any error that ends the program.

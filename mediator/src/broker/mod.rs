@@ -4,18 +4,24 @@
 //! | --- | --- |
 //! | this one | requests of technicians: which agents there are, and sessions with them |
 //! | [`life`] | what happens to sessions afterwards |
+//! | [`probe`] | the connection test from outside |
 //! | [`change`] | the operator has changed who may do what |
 
 mod change;
 mod life;
+mod probe;
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use adit_client::identity::revocation::Revoked;
-use adit_protocol::control::{AgentInfo, Closed, Down, Grant, IceCredentials, Open, Refused, RefusedCode};
+use adit_protocol::control::{
+    AgentInfo, Closed, Down, Grant, IceCredentials, Open, Reached, Refused, RefusedCode,
+};
 use adit_protocol::{DeviceId, Role, SessionId, Target};
+use tokio::sync::oneshot;
 use tracing::{info, warn};
 
 use crate::audit::{Audit, Party, Record};
@@ -28,6 +34,7 @@ use crate::sessions::{End, Session, Sessions};
 use crate::store::{Device, Store};
 
 pub use change::Effect;
+pub use probe::Addresses;
 
 /// Targets that one request may name.
 const MAX_TARGETS: usize = 64;
@@ -37,6 +44,9 @@ const MAX_REASON: usize = 256;
 const REVOKED: &str = "this device was revoked: enrol it again with a new token";
 /// Agents that a refusal names.
 const NAMED: usize = 10;
+
+/// Connection tests under way: which agent was asked, and who waits for its answer.
+type Probes = HashMap<u64, (DeviceId, oneshot::Sender<Vec<Reached>>)>;
 
 /// Everything that sessions need, in one place. Nothing here blocks but the database and the audit log.
 pub struct Broker {
@@ -58,6 +68,7 @@ pub struct Broker {
     /// The audit log.
     pub audit: Audit,
     sessions: Mutex<Sessions>,
+    probes: Mutex<Probes>,
     ticket_key: [u8; 64],
     serial: AtomicU64,
 }
@@ -86,6 +97,7 @@ impl Broker {
             embedded: OnceLock::new(),
             audit,
             sessions: Mutex::default(),
+            probes: Mutex::default(),
             ticket_key,
             serial: AtomicU64::new(now.as_micros() as u64),
         }))
@@ -271,6 +283,10 @@ impl Broker {
         if self.audit.write(&record).await.is_err() {
             warn!(session = %session.id, event, "an audit record was lost");
         }
+    }
+
+    fn probes(&self) -> MutexGuard<'_, Probes> {
+        self.probes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn sessions(&self) -> MutexGuard<'_, Sessions> {

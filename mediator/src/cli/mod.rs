@@ -1,6 +1,7 @@
 //! The command line of `adit-mediator`.
 
 mod devices;
+mod doctor;
 mod hosts;
 mod policy;
 mod table;
@@ -73,6 +74,9 @@ pub enum Command {
     /// List or change the names and addresses by which devices reach this server.
     #[command(after_help = "Example: adit-mediator hosts add adit2.example.org")]
     Hosts(hosts::Hosts),
+    /// Test this server: files, certificates, names, ports; with --from also from outside.
+    #[command(after_help = "Example: adit-mediator doctor --from reception-pc")]
+    Doctor(doctor::Doctor),
     /// Everything on this machine with throwaway keys: server, agent, technician and a tunnel.
     #[command(after_help = "Example: adit-mediator demo --target 127.0.0.1:22")]
     Demo(Demo),
@@ -185,6 +189,7 @@ pub async fn run(cli: Cli) -> Result<(), Box<dyn Failure>> {
         Command::Deny(arguments) => arguments.run().await,
         Command::Grants(arguments) => arguments.run().await,
         Command::Hosts(arguments) => arguments.run().await,
+        Command::Doctor(arguments) => arguments.run().await,
         Command::Demo(arguments) => {
             return demo::run(arguments).await.map_err(|error| Box::new(error) as Box<dyn Failure>);
         }

@@ -63,6 +63,15 @@ impl Store {
         sqlx::query("VACUUM INTO ?").bind(path).execute(&self.pool).await.map(drop)
     }
 
+    /// Whether the database is whole.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub async fn check(&self) -> Result<(), sqlx::Error> {
+        let verdict: String = sqlx::query_scalar("PRAGMA quick_check").fetch_one(&self.pool).await?;
+        if verdict == "ok" { Ok(()) } else { Err(sqlx::Error::Protocol(verdict)) }
+    }
+
     /// Waits for what is under way and closes the database.
     pub async fn close(&self) {
         self.pool.close().await;

@@ -1,0 +1,321 @@
+//! The connection test: from this server, and, with an agent's help, from outside. Every finding comes with its
+//! remedy.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+
+use adit_client::identity::Peer;
+use adit_client::probe;
+use adit_protocol::Role;
+use adit_protocol::control::Probe;
+
+use crate::admin::{self, About, Answer, Found, Request};
+use crate::config::Config;
+use crate::error::Error;
+use crate::https;
+use crate::operator::Operator;
+use crate::organisation::{Organisation, ROOT_KEY, unix_now};
+
+/// Free space below this is a finding. Bytes.
+const LITTLE: u64 = 500 << 20;
+/// A certificate that ends within this time should have been renewed. Seconds.
+const SOON: u64 = 30 * 24 * 60 * 60;
+
+/// How serious a finding is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    /// All is well.
+    Fine,
+    /// Worth knowing.
+    Note,
+    /// Something does not work.
+    Fault,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// How serious.
+    pub level: Level,
+    /// What was looked at, and what was found.
+    pub text: String,
+    /// What to do.
+    pub remedy: Option<String>,
+}
+
+impl Finding {
+    fn fine(text: impl Into<String>) -> Self {
+        Self { level: Level::Fine, text: text.into(), remedy: None }
+    }
+
+    fn note(text: impl Into<String>, remedy: &str) -> Self {
+        Self { level: Level::Note, text: text.into(), remedy: Some(remedy.to_owned()) }
+    }
+
+    fn fault(text: impl Into<String>, remedy: &str) -> Self {
+        Self { level: Level::Fault, text: text.into(), remedy: Some(remedy.to_owned()) }
+    }
+}
+
+/// Looks at everything on this server, and from `agent` where one is named.
+///
+/// # Errors
+/// [`Error`]: there is nothing to look at, or no such agent.
+pub async fn examine(dir: &Path, agent: Option<&str>) -> Result<Vec<Finding>, Error> {
+    let organisation = Organisation::load(dir)?;
+    let operator = Operator::open(dir).await?;
+    let mut findings = state(dir, &operator).await;
+    findings.extend(certificates(&organisation));
+    findings.extend(hosts(&organisation.config).await);
+    let about = match admin::ask(dir, &Request::About).await? {
+        Some(Answer::About(about)) => about,
+        _ => {
+            findings.push(Finding::fault(
+                format!("no mediator runs on {}", dir.display()),
+                "start it: systemctl start adit-mediator, or adit-mediator run",
+            ));
+            return Ok(findings);
+        }
+    };
+    findings.extend(listeners(&about, &organisation.config));
+    let About { https, relay, stun, .. } = about;
+    let probe = Probe { request: 0, https, relay, stun };
+    let probed = probe::run(organisation.identity.into(), probe).await;
+    findings.extend(probed.results.into_iter().map(Found::from).map(|found| reached("here", &found)));
+    if let Some(name) = agent {
+        let agent = operator.device(name, Some(Role::Agent)).await?;
+        match admin::ask(dir, &Request::Probe { agent: agent.id }).await? {
+            Some(Answer::Probed { results }) => {
+                findings.extend(results.iter().map(|found| reached(&agent.name, found)));
+            }
+            Some(Answer::Failed { why }) => findings.push(Finding::fault(
+                format!("{} could not try it: {why}", agent.name),
+                "choose an agent that is online (adit-mediator devices)",
+            )),
+            _ => {
+                findings.push(Finding::fault("the mediator does not know that test", "restart the mediator"))
+            }
+        }
+    }
+    Ok(findings)
+}
+
+async fn state(dir: &Path, operator: &Operator) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    findings.push(match operator.store.check().await {
+        Ok(()) => Finding::fine("the database is whole"),
+        Err(error) => Finding::fault(format!("the database: {error}"), "restore the last backup"),
+    });
+    let free = rustix::fs::statvfs(dir).map(|disk| disk.f_bavail * disk.f_frsize);
+    findings.push(match free {
+        Ok(free) if free < LITTLE => Finding::fault(
+            format!("{} MiB free in {}", free >> 20, dir.display()),
+            "make room: without an audit record no session is granted",
+        ),
+        Ok(free) => Finding::fine(format!("{} GiB free in {}", free >> 30, dir.display())),
+        Err(error) => Finding::fault(format!("{}: {error}", dir.display()), "check the disk"),
+    });
+    findings.push(if dir.join(ROOT_KEY).exists() {
+        Finding::note(
+            "the enrolment key is on this server: who takes the server over can make devices",
+            "take root-key.pem away while nobody enrols (SECURITY.md says what then waits for it)",
+        )
+    } else {
+        Finding::note(
+            "the enrolment key is offline: nobody can enrol, no certificate is renewed",
+            "put root-key.pem back for that, and take it away again",
+        )
+    });
+    findings
+}
+
+fn certificates(organisation: &Organisation) -> Vec<Finding> {
+    let now = unix_now();
+    let ends = |what: &str, at: u64, remedy: &str| match at {
+        at if at <= now => Finding::fault(format!("{what} has ended"), remedy),
+        at if at < now + SOON => {
+            Finding::fault(format!("{what} ends in {} days", (at - now) / 86_400), remedy)
+        }
+        at => Finding::fine(format!("{what} is good for {} days", (at - now) / 86_400)),
+    };
+    let mut findings = Vec::new();
+    let identity = &organisation.identity;
+    if let Ok(peer) = Peer::from_certificate(&identity.certificate) {
+        let remedy = "put root-key.pem back and restart the mediator";
+        findings.push(ends("this server's certificate for devices", peer.not_after, remedy));
+    }
+    let config = &organisation.config;
+    let file = config.https.cert.clone().unwrap_or_else(|| organisation.dir.join(https::CERTIFICATE));
+    match https::inspect(&file) {
+        // Made at the first start.
+        Err(_) if config.https.cert.is_none() && !file.exists() => {}
+        Err(why) => findings.push(Finding::fault(why, "correct [https] cert and key in config.toml")),
+        Ok((names, at)) => {
+            findings.push(ends(
+                "the certificate for browsers",
+                at,
+                "renew it; the files are taken without a restart",
+            ));
+            let missing: Vec<&str> =
+                config.hosts.iter().filter(|host| !https::covers(&names, host)).map(String::as_str).collect();
+            if !missing.is_empty() {
+                findings.push(Finding::fault(
+                    format!("the certificate for browsers is not for {}", missing.join(", ")),
+                    "get one for all of this server's names, or remove those names (adit-mediator hosts)",
+                ));
+            }
+        }
+    }
+    findings
+}
+
+async fn hosts(config: &Config) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for host in &config.hosts {
+        let resolved = tokio::net::lookup_host((host.as_str(), 443)).await;
+        let addresses: Vec<IpAddr> = match resolved {
+            Ok(addresses) => {
+                addresses.map(|address| address.ip()).collect::<BTreeSet<_>>().into_iter().collect()
+            }
+            Err(error) => {
+                let remedy = "give it an address in DNS, or remove it: adit-mediator hosts remove";
+                findings.push(Finding::fault(format!("{host} does not resolve: {error}"), remedy));
+                continue;
+            }
+        };
+        let shown: Vec<String> = addresses.iter().map(ToString::to_string).collect();
+        findings.push(if addresses.iter().any(IpAddr::is_loopback) {
+            Finding::note(
+                format!("{host} is {}: only this machine reaches that", shown.join(", ")),
+                "add the name or address that devices use: adit-mediator hosts add",
+            )
+        } else {
+            Finding::fine(format!("{host} is {}", shown.join(", ")))
+        });
+    }
+    findings
+}
+
+/// What the mediator's process listens on, and nothing else.
+#[cfg(target_os = "linux")]
+fn listeners(about: &About, config: &Config) -> Vec<Finding> {
+    let listen = &config.listen;
+    let expected =
+        [("tcp", listen.https), ("tcp", listen.relay), ("tcp", listen.diagnostics), ("udp", listen.udp)];
+    let found = match sockets(about.pid) {
+        Ok(found) => found,
+        Err(error) => {
+            let text = format!("what process {} listens on cannot be seen: {error}", about.pid);
+            return vec![Finding::note(text, "run this as root, or as the mediator's user")];
+        }
+    };
+    let known = |(protocol, address): &(&str, SocketAddr)| {
+        expected.iter().any(|(p, e)| p == protocol && (e.port() == address.port() || e.port() == 0))
+    };
+    let mut findings: Vec<Finding> = found
+        .iter()
+        .filter(|socket| !known(socket))
+        .map(|(protocol, address)| {
+            Finding::fault(
+                format!("the mediator listens on {address}/{protocol}, which no setting asks for"),
+                "restart it; if that stays, report it",
+            )
+        })
+        .collect();
+    let diagnostics = listen.diagnostics;
+    if !diagnostics.ip().is_loopback() {
+        findings.push(Finding::note(
+            format!("metrics are open to whoever reaches {diagnostics}"),
+            "set [listen] diagnostics to a private address",
+        ));
+    }
+    if findings.is_empty() {
+        let shown: Vec<String> =
+            found.iter().map(|(protocol, address)| format!("{address}/{protocol}")).collect();
+        findings
+            .push(Finding::fine(format!("the mediator listens on {} and nothing else", shown.join(", "))));
+    }
+    findings
+}
+
+#[cfg(not(target_os = "linux"))]
+fn listeners(_: &About, _: &Config) -> Vec<Finding> {
+    vec![]
+}
+
+/// The listening sockets of a process.
+#[cfg(target_os = "linux")]
+fn sockets(pid: u32) -> Result<Vec<(&'static str, SocketAddr)>, procfs::ProcError> {
+    use procfs::net::TcpState;
+    use procfs::process::{FDTarget, Process};
+    let process = Process::new(pid as i32)?;
+    let inodes: BTreeSet<u64> = process
+        .fd()?
+        .filter_map(|fd| match fd.ok()?.target {
+            FDTarget::Socket(inode) => Some(inode),
+            _ => None,
+        })
+        .collect();
+    let tcp = process.tcp()?.into_iter().chain(process.tcp6().unwrap_or_default());
+    let udp = process.udp()?.into_iter().chain(process.udp6().unwrap_or_default());
+    let tcp = tcp
+        .filter(|socket| socket.state == TcpState::Listen && inodes.contains(&socket.inode))
+        .map(|socket| ("tcp", socket.local_address));
+    let udp = udp.filter(|socket| inodes.contains(&socket.inode)).map(|socket| ("udp", socket.local_address));
+    Ok(tcp.chain(udp).collect())
+}
+
+fn reached(from: &str, found: &Found) -> Finding {
+    let Found { what, address, ok, micros, detail } = found;
+    let (protocol, name, remedy) = match what.as_str() {
+        "https" => (
+            "tcp",
+            "mediator",
+            "check that name and port lead here, and that firewalls let TCP through unopened",
+        ),
+        "relay" => {
+            ("tcp", "relay", "open that TCP port in the firewalls: without it UDP-less networks have no way")
+        }
+        _ => ("udp", "STUN", "open that UDP port in the firewalls: without it no session gets direct"),
+    };
+    let millis = *micros as f64 / 1000.0;
+    match ok {
+        true => {
+            Finding::fine(format!("from {from}: {name} at {address}/{protocol} in {millis:.1} ms ({detail})"))
+        }
+        false => Finding::fault(format!("from {from}: {name} at {address}/{protocol}: {detail}"), remedy),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_not_reached_comes_with_its_remedy() {
+        let found = |ok| Found {
+            what: "stun".into(),
+            address: "a.example:8002".into(),
+            ok,
+            micros: 1500,
+            detail: "why".into(),
+        };
+        let fine = reached("desk", &found(true));
+        assert_eq!(
+            (fine.level, fine.text.as_str()),
+            (Level::Fine, "from desk: STUN at a.example:8002/udp in 1.5 ms (why)")
+        );
+        let fault = reached("desk", &found(false));
+        assert!(
+            fault.level == Level::Fault && fault.remedy.is_some_and(|remedy| remedy.contains("UDP port"))
+        );
+    }
+
+    #[tokio::test]
+    async fn a_host_that_only_this_machine_reaches_is_noted() {
+        let config: Config = toml::from_str("hosts = ['127.0.0.1', 'nothing.invalid']").expect("reads");
+        let levels: Vec<Level> = hosts(&config).await.iter().map(|finding| finding.level).collect();
+        assert_eq!(levels, [Level::Note, Level::Fault]);
+    }
+}

@@ -1,0 +1,214 @@
+//! Identities in the field: a stolen key, secrets, wrong clocks, a full disk. Tests are named after the rows of
+//! the threat table.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use adit_tests::lab::{NatKind, Rate, Topology};
+use adit_tests::traffic::{TransferServer, download};
+use adit_tests::world::{AGENT, Setup, World, run};
+use adit_tests::{lab_tests, poll};
+use anyhow::{Context, ensure};
+
+lab_tests!(
+    row_22_stolen_key_on_the_relay,
+    row_22_stolen_key_on_the_direct_path,
+    row_24_secrets,
+    fault_disk_full,
+    fault_clock_wrong_by_a_day,
+);
+
+/// From the command to the end of the last byte.
+const CUT: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(30);
+
+async fn row_22_stolen_key_on_the_relay() -> anyhow::Result<()> {
+    stolen_key(Topology::new(NatKind::UdpBlocked, NatKind::Cone), "relay").await
+}
+
+async fn row_22_stolen_key_on_the_direct_path() -> anyhow::Result<()> {
+    stolen_key(Topology::new(NatKind::Cone, NatKind::Cone), "direct").await
+}
+
+/// A technician's device is revoked in mid-transfer: cut within 5 s, and it cannot come back.
+async fn stolen_key(topology: Topology, tier: &str) -> anyhow::Result<()> {
+    let world = World::up(Setup::new(topology.rate(Rate::mbit(50))).allow(&["127.0.0.1:1-65535"])).await?;
+    let server = TransferServer::start(&world.lab.agent.host).await?;
+    let forward = world.forward(&[&format!("127.0.0.1:{}", server.port)]).await?;
+    forward.reaches(tier, PATIENCE).await?;
+    let (host, local) = (&world.lab.technician.host, forward.local[0]);
+    let transfer = download(host, local, 7, 1 << 30, Duration::from_secs(120));
+    let revoking = async {
+        let moved = world.lab.agent.traffic()?;
+        poll(PATIENCE, "bytes to flow", async || {
+            let now = world.lab.agent.traffic().ok()?;
+            (now.relayed + now.direct > moved.relayed + moved.direct + (8 << 20)).then_some(())
+        })
+        .await?;
+        let start = Instant::now();
+        let data = world.data("server");
+        run(&world.lab.server, "adit-mediator", &["revoke", "technician", "--data", &data]).await?;
+        anyhow::Ok(start)
+    };
+    let (transferred, start) = tokio::join!(async { (transfer.await, Instant::now()) }, revoking);
+    let cut = transferred.1.saturating_duration_since(start?);
+    println!("{tier}: the transfer ended {cut:?} after the command");
+    ensure!(transferred.0.is_err(), "the transfer went on to its end");
+    ensure!(cut < CUT, "cut only after {cut:?}");
+    // It cannot come back: neither for a list nor for a session.
+    let technician = world.data("technician");
+    for arguments in
+        [&["ls", "--data", &technician][..], &["stdio", AGENT, "127.0.0.1:22", "--data", &technician]]
+    {
+        let refused = world.technician(arguments)?.finish(PATIENCE).await?;
+        ensure!(refused.code == 3 && refused.stderr.contains("revoked"), "{arguments:?}: {refused:?}");
+    }
+    Ok(())
+}
+
+/// Everything at TRACE with known secrets: none in logs, on command lines, or readable by others.
+async fn row_24_secrets() -> anyhow::Result<()> {
+    adit_tests::world::log("trace");
+    let world = World::up(Setup::new(Topology::new(NatKind::Cone, NatKind::Cone))).await?;
+    let token = world.token(&["--role", "technician", "--all-agents"]).await?;
+    let second = world.data("second");
+    let file = world.scratch().join("token");
+    std::fs::write(&file, &token)?;
+    let enrol = ["enroll", "--token-file", &file.to_string_lossy(), "--data", &second, "--name", "second"];
+    run(&world.lab.technician.host, "adit", &enrol).await?;
+    let server = TransferServer::start(&world.lab.agent.host).await?;
+    let forward = world.forward(&[&format!("127.0.0.1:{}", server.port)]).await?;
+    forward.reaches("direct", PATIENCE).await?;
+    download(&world.lab.technician.host, forward.local[0], 7, 1 << 20, PATIENCE).await?;
+
+    // Private keys as they stand in their files, without the lines around them; the token's secret part.
+    let mut secrets = vec![("token", token[6..].to_owned())];
+    let mut files = 0;
+    for dir in ["server", "agent", "technician", "second"] {
+        for entry in walk(Path::new(&world.data(dir)))? {
+            let mode = std::fs::metadata(&entry)?.permissions().mode();
+            let text = std::fs::read_to_string(&entry).unwrap_or_default();
+            if let Some(key) = text.split("-----").nth(2).filter(|_| text.contains("PRIVATE KEY")) {
+                ensure!(mode & 0o077 == 0, "{} has mode {mode:o}", entry.display());
+                secrets.push(("key", key.trim().replace(['\n', '\r'], "")));
+            }
+            files += 1;
+        }
+        let mode = std::fs::metadata(world.data(dir))?.permissions().mode();
+        ensure!(mode & 0o077 == 0, "{dir} has mode {mode:o}");
+    }
+    ensure!(
+        secrets.len() >= 6 && files > 12,
+        "too little was looked at: {} secrets, {files} files",
+        secrets.len()
+    );
+    let outputs = adit_tests::process::all_outputs();
+    let logged: usize = outputs.iter().map(String::len).sum();
+    ensure!(outputs.iter().any(|text| text.contains("TRACE")), "nothing was logged at TRACE");
+    for text in &outputs {
+        for (kind, secret) in &secrets {
+            ensure!(!text.contains(secret.as_str()), "a {kind} is in a log");
+        }
+        // Tickets (PASETO) and ICE passwords are made by the mediator; their forms are known.
+        ensure!(!text.contains("v4.public."), "a ticket is in a log");
+        ensure!(
+            !text.contains("password: \"") && !text.contains("ufrag: \""),
+            "ICE credentials are in a log"
+        );
+    }
+    let mut lines = 0;
+    for process in std::fs::read_dir("/proc")?.flatten() {
+        let Ok(line) = std::fs::read(process.path().join("cmdline")) else { continue };
+        lines += 1;
+        let line = String::from_utf8_lossy(&line);
+        ensure!(
+            !secrets.iter().any(|(_, secret)| line.contains(secret.as_str())),
+            "a secret stands on a command line"
+        );
+    }
+    println!("{} secrets in none of {logged} bytes of logs and {lines} command lines", secrets.len());
+    Ok(())
+}
+
+/// The mediator's disk is full: running sessions go on, new ones are refused with a clear error within 2 s, no
+/// grant is without a record, and it recovers within 5 s.
+async fn fault_disk_full() -> anyhow::Result<()> {
+    adit_tests::process::expect_error("the audit log cannot be written");
+    let topology = Topology::new(NatKind::UdpBlocked, NatKind::Cone);
+    let world = World::up(Setup::new(topology).server_disk("16m")).await?;
+    let server = TransferServer::start(&world.lab.agent.host).await?;
+    let forward = world.forward(&[&format!("127.0.0.1:{}", server.port)]).await?;
+    forward.reaches("relay", PATIENCE).await?;
+    let (host, local) = (&world.lab.technician.host, forward.local[0]);
+    download(host, local, 1, 1 << 20, PATIENCE).await?;
+    let filler = Path::new(&world.data("server")).join("filler");
+    let full = std::fs::write(&filler, vec![0; 64 << 20]);
+    ensure!(full.is_err(), "the disk is larger than it should be");
+    let records = grants(&world)?;
+
+    let technician = world.data("technician");
+    let stdio = ["stdio", AGENT, &format!("127.0.0.1:{}", server.port), "--data", &technician];
+    let start = Instant::now();
+    let refused = world.technician(&stdio)?.finish(PATIENCE).await?;
+    let took = start.elapsed();
+    ensure!(refused.code == 1 && refused.stderr.contains("audit record"), "{refused:?}");
+    ensure!(took < Duration::from_secs(2), "refused only after {took:?}");
+    ensure!(grants(&world)? == records, "half a record was left");
+    // What runs goes on, with new streams, too.
+    download(host, local, 2, 8 << 20, PATIENCE).await?;
+
+    std::fs::remove_file(&filler)?;
+    let start = Instant::now();
+    poll(Duration::from_secs(5), "sessions to be granted again", async || {
+        let data = world.data("technician");
+        let forward =
+            world.technician(&["forward", AGENT, "-L", "0:127.0.0.1:1", "--json", "--data", &data]).ok()?;
+        forward
+            .event(Duration::from_secs(3), "listening", 0, |event| event["local"].as_str().map(drop))
+            .await
+            .ok()
+    })
+    .await?;
+    println!("refused after {took:?}; granted again {:?} after there was room", start.elapsed());
+    Ok(())
+}
+
+fn grants(world: &World) -> anyhow::Result<usize> {
+    let audit = std::fs::read_to_string(Path::new(&world.data("server")).join("audit.jsonl"))?;
+    ensure!(audit.is_empty() || audit.ends_with('\n'), "the last record is cut off");
+    Ok(audit.lines().filter(|line| line.contains("\"event\":\"grant\"")).count())
+}
+
+/// An agent whose clock is a day ahead, or behind, works all the same.
+async fn fault_clock_wrong_by_a_day() -> anyhow::Result<()> {
+    let mut world = World::up(Setup::new(Topology::new(NatKind::Cone, NatKind::Cone))).await?;
+    for shift in ["+23h", "-23h"] {
+        world.agent.kill().await?;
+        let (host, data) = (&world.lab.agent.host, world.data("agent"));
+        let mut command = std::process::Command::new("faketime");
+        command.args(["-m", "-f", shift]).arg(adit_tests::world::binary("adit")?);
+        command.env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+        command.args(["agent", "--json", "--data", &data, "--allow", "127.0.0.1:1-65535"]);
+        world.agent = host.spawn(command)?;
+        world.agent_online().await?;
+        let server = TransferServer::start(&world.lab.agent.host).await?;
+        let forward = world.forward(&[&format!("127.0.0.1:{}", server.port)]).await?;
+        download(&world.lab.technician.host, forward.local[0], 1, 4 << 20, PATIENCE).await?;
+        println!("{shift}: works, on {:?}", forward.tier());
+    }
+    Ok(())
+}
+
+fn walk(dir: &Path) -> anyhow::Result<Vec<std::path::PathBuf>> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(dir).with_context(|| dir.display().to_string())? {
+        let path = entry?.path();
+        if path.is_dir() {
+            files.extend(walk(&path)?);
+        } else if path.is_file() {
+            files.push(path);
+        }
+    }
+    Ok(files)
+}
