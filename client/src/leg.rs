@@ -12,10 +12,10 @@ use tokio::net::TcpStream;
 
 use crate::dial::{self, DialError};
 use crate::identity::Identity;
+use crate::os;
 
 /// Unsent bytes that the kernel may hold: more would stand in front of a keystroke, less would let a
 /// fast line run dry (TCP_NOTSENT_LOWAT).
-#[cfg(target_os = "linux")]
 const NOTSENT: u32 = 128 * 1024;
 
 /// A connection to a relay. The relay's one status byte is taken off its front: what is read comes
@@ -37,7 +37,7 @@ pub async fn dial(identity: &Identity, grant: &RelayTicket) -> Result<Leg, LegEr
     for address in &grant.addresses {
         match dial::tcp(address).await {
             Ok(mut stream) => {
-                tune(&stream);
+                os::limit_unsent(&stream, NOTSENT);
                 stream.write_all(&preamble).await.map_err(DialError::Unreachable)?;
                 return Ok(Leg { stream, paired: false });
             }
@@ -139,11 +139,4 @@ impl AsyncWrite for Leg {
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
     }
-}
-
-fn tune(stream: &TcpStream) {
-    #[cfg(target_os = "linux")]
-    let _ = socket2::SockRef::from(stream).set_tcp_notsent_lowat(NOTSENT);
-    #[cfg(not(target_os = "linux"))]
-    let _ = stream;
 }

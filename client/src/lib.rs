@@ -16,6 +16,7 @@ pub mod hub;
 pub mod identity;
 pub mod leg;
 pub mod log;
+mod os;
 pub mod probe;
 pub mod service;
 pub mod session;

@@ -4,6 +4,8 @@ use std::io::{IsTerminal, stderr};
 
 use tracing_subscriber::EnvFilter;
 
+use crate::os;
+
 /// Libraries that log what they carry: messages of the control channel hold tickets and session passwords. No
 /// filter of the user's brings that back.
 const CARRIERS: [&str; 4] = ["tungstenite=info", "tokio_tungstenite=info", "sqlx=info", "hyper=info"];
@@ -19,7 +21,7 @@ pub fn start(filter: &str) -> Result<(), InvalidFilter> {
         parsed = parsed.add_directive(carrier.parse().map_err(|_| InvalidFilter)?);
     }
     let log = tracing_subscriber::fmt().with_env_filter(parsed).with_writer(stderr);
-    let _ = log.with_ansi(stderr().is_terminal()).try_init();
+    let _ = log.with_ansi(os::COLOURS && stderr().is_terminal()).try_init();
     Ok(())
 }
 

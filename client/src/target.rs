@@ -15,6 +15,7 @@ use tracing::debug;
 use crate::allow::AllowList;
 use crate::copy::copy;
 use crate::dial::tune;
+use crate::os::out_of_descriptors;
 use crate::tunnel::{Flow, TunnelStream};
 
 /// How long a target may take to accept a connection, over all of its addresses.
@@ -136,9 +137,10 @@ async fn pass_datagrams(flow: &Flow, socket: &UdpSocket, idle: Duration) -> Opti
     }
 }
 
-/// Nobody listens on the port (ICMP said so). Any other error may be over with the next datagram.
+/// Nobody listens on the port (ICMP said so, which Windows calls a reset when it was UDP). Any other error
+/// may be over with the next datagram.
 fn is_refusal(error: &io::Error) -> bool {
-    error.kind() == io::ErrorKind::ConnectionRefused
+    matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset)
 }
 
 fn why(error: &io::Error) -> ResetCode {
@@ -150,19 +152,5 @@ fn why(error: &io::Error) -> ResetCode {
         }
         _ if out_of_descriptors(error) => ResetCode::Overloaded,
         _ => ResetCode::Unreachable,
-    }
-}
-
-/// EMFILE or ENFILE, which have no kind of their own.
-pub(crate) fn out_of_descriptors(error: &io::Error) -> bool {
-    #[cfg(unix)]
-    {
-        let is = |errno: rustix::io::Errno| error.raw_os_error() == Some(errno.raw_os_error());
-        is(rustix::io::Errno::MFILE) || is(rustix::io::Errno::NFILE)
-    }
-    #[cfg(not(unix))]
-    {
-        // WSAEMFILE
-        error.raw_os_error() == Some(10024)
     }
 }

@@ -45,6 +45,11 @@ impl Finished {
 }
 
 impl Process {
+    /// Starts a program on this very machine, in no lab. To be called within a tokio runtime.
+    pub fn here(command: std::process::Command) -> anyhow::Result<Self> {
+        Self::spawn("here", command, |mut command| Ok(command.spawn()?))
+    }
+
     pub(crate) fn spawn(
         host: &str,
         command: std::process::Command,
@@ -58,7 +63,10 @@ impl Process {
         let mut command = Command::from(command);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         let mut child = start(command).with_context(|| format!("cannot start {name}"))?;
-        let ours = program.starts_with("adit");
+        // The first argument is the program for those that run another.
+        let ours = [&program, &first]
+            .iter()
+            .any(|path| path.rsplit('/').next().is_some_and(|name| name.starts_with("adit")));
         let stdout = Output::collect(format!("{name}, stdout"), child.stdout.take(), false);
         let stderr = Output::collect(format!("{name}, stderr"), child.stderr.take(), ours);
         Ok(Self { name, stdin: child.stdin.take(), child, stdout, stderr })

@@ -44,6 +44,11 @@ pub(super) struct Agent {
 
 impl Agent {
     pub(super) async fn run(self) -> Result<(), Failed> {
+        self.run_until(signals::stop()).await
+    }
+
+    /// Runs the agent until `stop` completes, and then until the technicians know.
+    pub(super) async fn run_until(self, stop: impl Future<Output = ()>) -> Result<(), Failed> {
         let (dir, identity) = self.data.identity(Role::Agent)?;
         let allow = match (self.allow, Config::load(&dir)?.agent.allow) {
             (entries, None) if entries.is_empty() => AllowList::default(),
@@ -67,7 +72,7 @@ impl Agent {
                 tell(events, &event);
             }
         };
-        tokio::join!(agent::run(identity, Arc::new(allow), sender, signals::stop()), telling);
+        tokio::join!(agent::run(identity, Arc::new(allow), sender, stop), telling);
         Ok(())
     }
 }

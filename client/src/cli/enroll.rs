@@ -16,6 +16,7 @@ use crate::enrol::{EnrolError, Enrolment, enrol};
 use crate::events::{complain, print_line};
 use crate::identity::store::{self, Access};
 use crate::identity::{Identity, certificate};
+use crate::os;
 
 /// Longer than any token.
 const MAX_TOKEN: u64 = 16 * 1024;
@@ -111,10 +112,7 @@ fn read_text(from: impl Read) -> io::Result<String> {
 
 /// The name of this machine as far as a device may have it.
 fn machine_name() -> String {
-    #[cfg(unix)]
-    let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    #[cfg(not(unix))]
-    let name = std::env::var("COMPUTERNAME").unwrap_or_default();
+    let name = os::machine_name();
     let fitting = |c: char| if certificate::is_name(c.encode_utf8(&mut [0; 4])) { c } else { '-' };
     let name: String = name.chars().take(63).map(fitting).collect();
     if certificate::is_name(&name) { name } else { "unnamed".to_owned() }

@@ -27,8 +27,8 @@ use crate::exit::{Exit, Failure, report};
     arg_required_else_help = true,
     after_help = "Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 3 refused (identity, policy, ticket), \
                   4 unreachable (server, agent or target), 5 timed out.\n\
-                  Ctrl-C and SIGTERM end streams and sessions cleanly and are no failure (0); a second one ends \
-                  at once (1)."
+                  Ctrl-C and SIGTERM (on Windows Ctrl-Break) end streams and sessions cleanly and are no failure \
+                  (0); a second one ends at once (1)."
 )]
 struct Cli {
     #[command(subcommand)]

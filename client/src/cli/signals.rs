@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::exit::Exit;
+use crate::os::Signals;
 
 /// Within this time, another signal is the same wish: `timeout` and other wrappers pass on what the whole
 /// group of processes got anyway.
@@ -20,41 +21,4 @@ pub(super) async fn stop() {
         }
         std::process::exit(Exit::Failed as i32);
     });
-}
-
-#[cfg(unix)]
-struct Signals(Vec<tokio::signal::unix::Signal>);
-
-#[cfg(unix)]
-impl Signals {
-    fn new() -> Self {
-        use tokio::signal::unix::{SignalKind, signal};
-        // SIGHUP is what ssh ends its ProxyCommand with.
-        let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
-        Self(kinds.into_iter().filter_map(|kind| signal(kind).ok()).collect())
-    }
-
-    async fn next(&mut self) {
-        std::future::poll_fn(|cx| {
-            let any = self.0.iter_mut().any(|signal| signal.poll_recv(cx).is_ready());
-            if any { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
-        })
-        .await;
-    }
-}
-
-#[cfg(not(unix))]
-struct Signals;
-
-#[cfg(not(unix))]
-impl Signals {
-    fn new() -> Self {
-        Self
-    }
-
-    async fn next(&mut self) {
-        if tokio::signal::ctrl_c().await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    }
 }

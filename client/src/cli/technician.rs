@@ -44,16 +44,11 @@ pub(super) struct Connected {
     via: Via,
     /// Keeps the control channel up: tickets are renewed through it.
     _technician: Technician,
-    _status: Option<StatusServer>,
+    _status: Option<status::Server>,
     /// The session is open, in the agent's word.
     opened: bool,
     deadline: Instant,
 }
-
-#[cfg(unix)]
-type StatusServer = status::Server;
-#[cfg(not(unix))]
-type StatusServer = ();
 
 impl SessionArgs {
     /// What can be wrong without asking anyone.

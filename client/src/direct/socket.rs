@@ -2,6 +2,10 @@
 //!
 //! An error of one datagram must not end what the others carry: any receive error but ConnectionReset
 //! ends quinn's endpoint, any send error but WouldBlock its connection. So both are swallowed here.
+//!
+//! quinn's own way to pass datagrams (batches, ECN, no fragments) needs more of the system than every one
+//! has: Wine, and Windows before it could tell ECN, refuse it. There the datagrams go one by one: slower,
+//! and direct all the same.
 
 use std::fmt;
 use std::future::Future;
@@ -30,7 +34,8 @@ const ERRORS_A_TURN: usize = 16;
 /// The one socket, bound to all IPv4 addresses.
 pub(super) struct DirectSocket {
     io: UdpSocket,
-    state: UdpSocketState,
+    /// quinn's own way, where the system has what it needs.
+    state: Option<UdpSocketState>,
     address: SocketAddr,
     demux: Arc<Demux>,
     errors: AtomicU64,
@@ -39,13 +44,14 @@ pub(super) struct DirectSocket {
 impl DirectSocket {
     pub(super) fn bind(ports: RangeInclusive<u16>, demux: Arc<Demux>) -> Result<Self, BindError> {
         let std = bind_one_of(ports)?;
-        let wrap = || {
-            let address = std.local_addr()?;
-            let state = UdpSocketState::new((&std).into())?;
-            Ok((UdpSocket::from_std(std)?, state, address))
-        };
-        let (io, state, address) = wrap().map_err(BindError::Socket)?;
-        Ok(Self { io, state, address, demux, errors: AtomicU64::new(0) })
+        let state = UdpSocketState::new((&std).into())
+            .inspect_err(|error| tracing::info!(%error, "direct paths are slower: datagrams go one by one"));
+        Self::wrap(std, state.ok(), demux).map_err(BindError::Socket)
+    }
+
+    fn wrap(std: std::net::UdpSocket, state: Option<UdpSocketState>, demux: Arc<Demux>) -> io::Result<Self> {
+        let address = std.local_addr()?;
+        Ok(Self { io: UdpSocket::from_std(std)?, state, address, demux, errors: AtomicU64::new(0) })
     }
 
     pub(super) fn port(&self) -> u16 {
@@ -57,6 +63,13 @@ impl DirectSocket {
         if let Err(error) = self.io.try_send_to(payload, destination) {
             self.count(&error);
         }
+    }
+
+    fn receive_one(&self, buffers: &mut [IoSliceMut<'_>], meta: &mut [RecvMeta]) -> io::Result<usize> {
+        let (Some(buffer), Some(meta)) = (buffers.first_mut(), meta.first_mut()) else { return Ok(0) };
+        let (len, addr) = self.io.try_recv_from(buffer)?;
+        *meta = RecvMeta { addr, len, stride: len, ecn: None, dst_ip: None };
+        Ok(1)
     }
 
     fn count(&self, error: &io::Error) {
@@ -74,7 +87,12 @@ impl AsyncUdpSocket for DirectSocket {
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        match self.io.try_io(Interest::WRITABLE, || self.state.try_send((&self.io).into(), transmit)) {
+        let sent = match &self.state {
+            Some(state) => self.io.try_io(Interest::WRITABLE, || state.try_send((&self.io).into(), transmit)),
+            // One datagram: `max_transmit_segments` says so.
+            None => self.io.try_send_to(transmit.contents, transmit.destination).map(drop),
+        };
+        match sent {
             Err(error) if error.kind() != ErrorKind::WouldBlock => {
                 self.count(&error);
                 Ok(())
@@ -93,8 +111,13 @@ impl AsyncUdpSocket for DirectSocket {
             let received = loop {
                 // Fails only when the runtime is gone.
                 ready!(self.io.poll_recv_ready(cx))?;
-                let receive = || self.state.recv((&self.io).into(), buffers, meta);
-                match self.io.try_io(Interest::READABLE, receive) {
+                let received = match &self.state {
+                    Some(state) => {
+                        self.io.try_io(Interest::READABLE, || state.recv((&self.io).into(), buffers, meta))
+                    }
+                    None => self.receive_one(buffers, meta),
+                };
+                match received {
                     Err(error) if error.kind() == ErrorKind::WouldBlock => {}
                     received => break received,
                 }
@@ -118,15 +141,16 @@ impl AsyncUdpSocket for DirectSocket {
     }
 
     fn max_transmit_segments(&self) -> usize {
-        self.state.max_gso_segments()
+        self.state.as_ref().map_or(1, UdpSocketState::max_gso_segments)
     }
 
     fn max_receive_segments(&self) -> usize {
-        self.state.gro_segments()
+        self.state.as_ref().map_or(1, UdpSocketState::gro_segments)
     }
 
     fn may_fragment(&self) -> bool {
-        self.state.may_fragment()
+        // Then MTU discovery is off: datagrams stay at 1200 bytes.
+        self.state.as_ref().is_none_or(UdpSocketState::may_fragment)
     }
 }
 
@@ -182,4 +206,45 @@ fn bind(port: u16) -> io::Result<std::net::UdpSocket> {
     let _ = socket.set_recv_buffer_size(BUFFER);
     let _ = socket.set_send_buffer_size(BUFFER);
     Ok(socket.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::future::poll_fn;
+
+    /// Sends datagrams from one socket to another as quinn does; what arrives.
+    async fn pass(plain: bool) -> Vec<Vec<u8>> {
+        let socket = || {
+            let socket = DirectSocket::bind(20_000..=29_999, Arc::default()).expect("a free port");
+            Arc::new(DirectSocket { state: socket.state.filter(|_| !plain), ..socket })
+        };
+        let (from, to) = (socket(), socket());
+        let destination = SocketAddr::from((Ipv4Addr::LOCALHOST, to.port()));
+        let mut arrived = Vec::new();
+        for datagram in [&[0x40; 1][..], &[0x41; 1200], &[0x42; 7]] {
+            let transmit =
+                Transmit { destination, ecn: None, contents: datagram, segment_size: None, src_ip: None };
+            let mut writable = from.clone().create_io_poller();
+            poll_fn(|cx| writable.as_mut().poll_writable(cx)).await.expect("a socket");
+            from.try_send(&transmit).expect("sends");
+            let mut bytes = [0; 2000];
+            let mut meta = [RecvMeta::default()];
+            let received = poll_fn(|cx| to.poll_recv(cx, &mut [IoSliceMut::new(&mut bytes)], &mut meta));
+            assert_eq!(received.await.expect("receives"), 1);
+            assert_eq!((meta[0].addr.port(), meta[0].stride), (from.port(), datagram.len()));
+            arrived.push(bytes[..meta[0].len].to_vec());
+        }
+        if plain {
+            assert_eq!((from.max_transmit_segments(), from.may_fragment()), (1, true));
+        }
+        arrived
+    }
+
+    #[tokio::test]
+    async fn datagrams_pass_with_and_without_what_quinn_needs() {
+        let sent = [vec![0x40; 1], vec![0x41; 1200], vec![0x42; 7]];
+        assert_eq!(pass(false).await, sent);
+        assert_eq!(pass(true).await, sent);
+    }
 }

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::revocation::{Revocations, Revoked};
 use super::{DeviceKey, Identity, Peer};
 use crate::exit::{Exit, Failure};
+use crate::os;
 
 const KEY: &str = "key.pem";
 const CERTIFICATE: &str = "cert.pem";
@@ -181,9 +182,9 @@ pub fn is_pending(dir: &Path) -> bool {
 /// Who may read a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
-    /// Its owner only (mode 0600).
+    /// Its owner only (Unix: mode 0600; Windows: as its directory says).
     Secret,
-    /// Whoever may enter the directory (mode 0644).
+    /// Whoever may enter the directory (Unix: mode 0644).
     Public,
 }
 
@@ -199,19 +200,13 @@ pub fn write(dir: &Path, file: &str, contents: &[u8], access: Access) -> Result<
         let mut options = fs::OpenOptions::new();
         // Never through a symbolic link: root writes here, too, and the directory is a service's.
         options.write(true).create_new(true);
-        #[cfg(unix)]
-        {
-            use std::os::unix::fs::OpenOptionsExt;
-            options.mode(if access == Access::Secret { 0o600 } else { 0o644 });
-        }
-        #[cfg(not(unix))]
-        let _ = access;
+        os::set_access(&mut options, access == Access::Secret);
         let mut handle = options.open(&temporary)?;
         handle.write_all(contents)?;
         hand_over(&temporary)?;
         handle.sync_all()?;
         fs::rename(&temporary, dir.join(file))?;
-        sync_dir(dir)
+        os::sync_dir(dir)
     })();
     written.map_err(|error| {
         let _ = fs::remove_file(&temporary);
@@ -244,7 +239,8 @@ pub fn hand_over(_: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes `dir`, which only its owner may enter (mode 0700), if it is not there.
+/// Makes `dir`, which only its owner may enter (Unix: mode 0700; Windows: and the administrators), if it is
+/// not there.
 ///
 /// # Errors
 /// [`StoreError::Io`].
@@ -252,14 +248,7 @@ pub fn create_private_dir(dir: &Path) -> Result<(), StoreError> {
     if dir.is_dir() {
         return Ok(());
     }
-    let mut builder = fs::DirBuilder::new();
-    builder.recursive(true);
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::DirBuilderExt;
-        builder.mode(0o700);
-    }
-    builder.create(dir).map_err(|error| StoreError::io(dir, "", error))
+    os::create_private_dir(dir).map_err(|error| StoreError::io(dir, "", error))
 }
 
 /// A certificate (DER) as PEM.
@@ -283,14 +272,6 @@ fn read(dir: &Path, file: &str) -> Result<Vec<u8>, StoreError> {
         io::ErrorKind::NotFound => StoreError::damaged(dir, file, "the file is missing"),
         _ => StoreError::io(dir, file, error),
     })
-}
-
-fn sync_dir(dir: &Path) -> io::Result<()> {
-    #[cfg(unix)]
-    fs::File::open(dir)?.sync_all()?;
-    #[cfg(not(unix))]
-    let _ = dir;
-    Ok(())
 }
 
 #[derive(Serialize, Deserialize)]

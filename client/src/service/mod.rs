@@ -6,6 +6,8 @@
 mod plan;
 #[cfg(target_os = "linux")]
 pub mod systemd;
+#[cfg(windows)]
+pub mod windows;
 
 /// Tells the service manager that started this process, if one did, that the program is ready.
 pub fn ready() {

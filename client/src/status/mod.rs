@@ -1,23 +1,37 @@
 //! What the processes of a state directory are doing: each long-running one serves a document on a local
-//! socket, `adit status` asks them all.
-//!
-//! Unix only for now: elsewhere nothing is served, and asking says so.
+//! socket (Windows: a named pipe), `adit status` asks them all. What a process serves is found in `DIR/run`.
 
 #[cfg(unix)]
 mod unix;
+#[cfg(windows)]
+mod windows;
 
+use std::io;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use adit_protocol::SessionId;
 use serde::{Deserialize, Serialize};
+use tokio::time::timeout;
+#[cfg(unix)]
+use unix as system;
+#[cfg(windows)]
+use windows as system;
 
 use crate::events::millis;
 use crate::exit::{Exit, Failure};
 use crate::tunnel::{CarrierInfo, Tunnel};
 
-#[cfg(unix)]
-pub use unix::Server;
+pub use system::Server;
+
+/// Where a process leaves what leads to it, below its state directory.
+const RUN: &str = "run";
+/// How long a process may take to answer, or to be read by who asked.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// More than any process has to say.
+const MAX_DOCUMENT: u64 = 4 << 20;
+/// Pause after an error that the next accept may meet again.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(500);
 
 /// One session, as its process knows it.
 #[derive(Debug, Clone)]
@@ -100,7 +114,6 @@ pub struct CarrierStatus {
 
 /// Serves the status of this process in the state directory `dir` until the returned value is dropped.
 /// `None` when that cannot be: a process without a status is better than none.
-#[cfg(unix)]
 pub fn serve(
     dir: &Path,
     process: Process,
@@ -114,15 +127,9 @@ pub fn serve(
         since,
         sessions: sessions().iter().map(SessionStatus::from).collect(),
     };
-    unix::serve(dir, document)
+    system::serve(&dir.join(RUN), document)
         .inspect_err(|error| tracing::warn!(%error, "the status of this process cannot be served"))
         .ok()
-}
-
-/// Not on this system yet.
-#[cfg(not(unix))]
-pub fn serve(_: &Path, _: Process, _: impl Fn() -> Vec<SessionInfo> + Send + 'static) -> Option<()> {
-    None
 }
 
 /// Asks every process that uses the state directory `dir`; sorted by process id.
@@ -130,43 +137,48 @@ pub fn serve(_: &Path, _: Process, _: impl Fn() -> Vec<SessionInfo> + Send + 'st
 /// # Errors
 /// [`StatusError`].
 pub async fn ask(dir: &Path) -> Result<Vec<Document>, StatusError> {
-    #[cfg(unix)]
-    return unix::ask(dir).await.map_err(|error| StatusError::Io { dir: dir.to_owned(), error });
-    #[cfg(not(unix))]
-    Err(StatusError::NotSupported)
+    ask_all(&dir.join(RUN)).await.map_err(|error| StatusError::Io { dir: dir.to_owned(), error })
+}
+
+async fn ask_all(run: &Path) -> io::Result<Vec<Document>> {
+    let entries = match std::fs::read_dir(run) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let mut documents = Vec::new();
+    for entry in entries {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == system::EXTENSION) {
+            // Nothing from a process that is gone, or does not answer in time.
+            let text = timeout(PATIENCE, system::ask(&path)).await.ok().flatten();
+            documents.extend(text.and_then(|text| serde_json::from_slice::<Document>(&text).ok()));
+        }
+    }
+    documents.sort_by_key(|document| document.pid);
+    Ok(documents)
 }
 
 /// Why nothing could be asked.
 #[derive(Debug, thiserror::Error)]
 pub enum StatusError {
-    /// No local sockets here.
-    #[error("`adit status` is not supported on this system yet")]
-    NotSupported,
     /// The state directory.
     #[error("{}: {error}", dir.display())]
     Io {
         /// The state directory.
         dir: std::path::PathBuf,
         /// What the system said.
-        error: std::io::Error,
+        error: io::Error,
     },
 }
 
 impl Failure for StatusError {
     fn exit(&self) -> Exit {
-        match self {
-            Self::NotSupported => Exit::Failed,
-            Self::Io { .. } => Exit::Usage,
-        }
+        Exit::Usage
     }
 
     fn remedy(&self) -> Option<String> {
-        match self {
-            Self::NotSupported => {
-                Some("the commands themselves tell their tiers: adit forward --json".to_owned())
-            }
-            Self::Io { .. } => Some("check that the directory can be read by this user".to_owned()),
-        }
+        Some("check that the directory can be read by this user".to_owned())
     }
 }
 

@@ -5,23 +5,17 @@ use std::fs::{self, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
-use super::Document;
+use super::{ACCEPT_PAUSE, Document, MAX_DOCUMENT, PATIENCE};
 use crate::identity::store::create_private_dir;
 
-const RUN: &str = "run";
-/// How long a process may take to answer, or to be read by who asked.
-const PATIENCE: Duration = Duration::from_secs(2);
-/// More than any process has to say.
-const MAX_DOCUMENT: u64 = 4 << 20;
-/// Pause after an error that the next accept may meet again.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(500);
+/// Of the socket's name.
+pub(super) const EXTENSION: &str = "sock";
 
 /// A served status; ends when dropped.
 #[derive(Debug)]
@@ -37,10 +31,10 @@ impl Drop for Server {
     }
 }
 
-pub(super) fn serve(dir: &Path, document: impl Fn() -> Document + Send + 'static) -> io::Result<Server> {
-    let run = dir.join(RUN);
-    create_private_dir(&run).map_err(io::Error::other)?;
-    let path = run.join(format!("{}.sock", std::process::id()));
+/// Serves the document on a socket in `run`.
+pub(super) fn serve(run: &Path, document: impl Fn() -> Document + Send + 'static) -> io::Result<Server> {
+    create_private_dir(run).map_err(io::Error::other)?;
+    let path = run.join(format!("{}.{EXTENSION}", std::process::id()));
     // Left over by a process that had this number before.
     if let Err(error) = fs::remove_file(&path)
         && error.kind() != io::ErrorKind::NotFound
@@ -64,46 +58,26 @@ pub(super) fn serve(dir: &Path, document: impl Fn() -> Document + Send + 'static
     Ok(Server { path, task: task.abort_handle() })
 }
 
-pub(super) async fn ask(dir: &Path) -> io::Result<Vec<Document>> {
-    let entries = match fs::read_dir(dir.join(RUN)) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error),
-    };
-    let mut documents = Vec::new();
-    for entry in entries {
-        let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "sock") {
-            documents.extend(ask_one(&path).await);
-        }
-    }
-    documents.sort_by_key(|document: &Document| document.pid);
-    Ok(documents)
-}
-
-/// Nothing from a process that is gone, or does not answer in time.
-async fn ask_one(path: &Path) -> Option<Document> {
-    let answer = async {
-        let socket = match UnixStream::connect(path).await {
-            Ok(socket) => socket,
-            Err(error) => {
-                if error.kind() == io::ErrorKind::ConnectionRefused {
-                    let _ = fs::remove_file(path);
-                }
-                return None;
+/// The document that is served at `path`.
+pub(super) async fn ask(path: &Path) -> Option<Vec<u8>> {
+    let socket = match UnixStream::connect(path).await {
+        Ok(socket) => socket,
+        Err(error) => {
+            if error.kind() == io::ErrorKind::ConnectionRefused {
+                let _ = fs::remove_file(path);
             }
-        };
-        let mut text = Vec::new();
-        socket.take(MAX_DOCUMENT).read_to_end(&mut text).await.ok()?;
-        serde_json::from_slice(&text).ok()
+            return None;
+        }
     };
-    timeout(PATIENCE, answer).await.ok().flatten()
+    let mut text = Vec::new();
+    socket.take(MAX_DOCUMENT).read_to_end(&mut text).await.ok()?;
+    Some(text)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::status::{self, Process, SessionInfo};
+    use crate::status::{self, Process, RUN, SessionInfo};
     use crate::tunnel::Tunnel;
     use adit_protocol::SessionId;
     use adit_tunnel::session::End;

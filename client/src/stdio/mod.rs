@@ -2,6 +2,8 @@
 
 #[cfg(unix)]
 mod unix;
+#[cfg(windows)]
+mod windows;
 
 use std::io;
 use std::time::Duration;
@@ -10,6 +12,10 @@ use adit_protocol::Target;
 use adit_protocol::frame::ResetCode;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
+#[cfg(unix)]
+use unix as system;
+#[cfg(windows)]
+use windows as system;
 
 use crate::copy::{CopyError, copy_halves};
 use crate::exit::{Exit, Failure};
@@ -22,12 +28,13 @@ pub(crate) type Reader = Box<dyn AsyncRead + Send + Unpin>;
 pub(crate) type Writer = Box<dyn AsyncWrite + Send + Unpin>;
 
 /// Connects standard input and output to `target`, byte for byte, until both directions have ended and
-/// the agent has everything. At the target's end of file standard output is closed.
+/// the agent has everything. At the target's end of file standard output is closed; on Windows, where that
+/// cannot be, both directions end.
 ///
 /// # Errors
 /// [`StdioError`].
 pub async fn run(tunnel: &Tunnel, target: &Target) -> Result<(), StdioError> {
-    let (reader, writer) = standard_streams();
+    let (reader, writer) = system::streams();
     pass(reader, writer, tunnel, target).await
 }
 
@@ -45,13 +52,6 @@ async fn pass(reader: Reader, writer: Writer, tunnel: &Tunnel, target: &Target) 
         }
         Err(CopyError::Stream(error)) => Err(failed(error)),
     }
-}
-
-fn standard_streams() -> (Reader, Writer) {
-    #[cfg(unix)]
-    return (unix::stdin(), unix::stdout());
-    #[cfg(not(unix))]
-    (Box::new(tokio::io::stdin()), Box::new(tokio::io::stdout()))
 }
 
 /// Why standard input and output are not connected (any more).

@@ -15,8 +15,12 @@ use tokio::net::unix::pipe;
 
 use super::{Reader, Writer};
 
-/// Standard input.
-pub(super) fn stdin() -> Reader {
+/// Standard input and output.
+pub(super) fn streams() -> (Reader, Writer) {
+    (stdin(), stdout())
+}
+
+fn stdin() -> Reader {
     match open(std::io::stdin().as_fd(), |fd| {
         pipe::Receiver::from_owned_fd(fd).map(|pipe| Box::new(pipe) as Reader)
     }) {
@@ -25,8 +29,8 @@ pub(super) fn stdin() -> Reader {
     }
 }
 
-/// Standard output. Shutting it down closes it for good, so that its reader sees the end of file.
-pub(super) fn stdout() -> Writer {
+/// Shutting it down closes it for good, so that its reader sees the end of file.
+fn stdout() -> Writer {
     match open(std::io::stdout().as_fd(), |fd| {
         pipe::Sender::from_owned_fd(fd).map(|pipe| Box::new(pipe) as Writer)
     }) {
