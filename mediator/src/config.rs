@@ -3,6 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
+use adit_client::identity::store::{self, Access};
 use serde::Deserialize;
 
 use crate::error::Error;
@@ -133,6 +134,38 @@ ports = "{redirector}"
     )
 }
 
+/// Writes other hosts into the file in `dir`, and leaves all else as it is.
+///
+/// # Errors
+/// [`Error::Config`].
+pub fn set_hosts(dir: &Path, hosts: &[String]) -> Result<(), Error> {
+    let path = dir.join(FILE);
+    let bad = |why: String| Error::Config { path: path.clone(), why };
+    let text = std::fs::read_to_string(&path).map_err(|error| bad(error.to_string()))?;
+    let text = with_hosts(&text, hosts).map_err(bad)?;
+    store::write(dir, FILE, text.as_bytes(), Access::Public)?;
+    Ok(())
+}
+
+/// Writes other hosts into the text of a configuration file, and leaves all else as it is, comments too.
+///
+/// # Errors
+/// What is wrong with the text.
+fn with_hosts(text: &str, hosts: &[String]) -> Result<String, String> {
+    let mut document: toml_edit::DocumentMut =
+        text.parse().map_err(|error: toml_edit::TomlError| error.to_string())?;
+    let array: toml_edit::Array = hosts.iter().map(String::as_str).collect();
+    match document.get_mut("hosts").and_then(toml_edit::Item::as_value_mut) {
+        Some(value) => {
+            let decor = value.decor().clone();
+            *value = array.into();
+            *value.decor_mut() = decor;
+        }
+        None => return Err("there is no list of hosts".into()),
+    }
+    Ok(document.to_string())
+}
+
 /// Reads the hosts of `--host NAME_OR_IP[,…]`.
 ///
 /// # Errors
@@ -201,6 +234,15 @@ mod tests {
         assert_eq!(format!("{:?}", config.p2p), format!("{:?}", P2p::default()));
         assert_eq!(config.reached_at(config.listen.https), ["a.example:443", "[::1]:443"]);
         assert!(config.check(Path::new("x")).is_ok());
+    }
+
+    #[test]
+    fn other_hosts_leave_everything_else_as_it_is() {
+        let before = template(&["a.example".into()]).replace("]\n\n#", "] # ours\n\n#");
+        let after = with_hosts(&before, &["b.example".into(), "::1".into()]).expect("writes");
+        assert!(before.contains("# ours"));
+        assert_eq!(after, before.replace(r#"["a.example"]"#, r#"["b.example", "::1"]"#));
+        assert!(with_hosts("x = 1", &["b".into()]).is_err() && with_hosts("hosts = [", &[]).is_err());
     }
 
     #[test]

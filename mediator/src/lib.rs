@@ -6,6 +6,7 @@
 //! | [`cli`] | the command line |
 //! | [`organisation`], [`config`] | the directory that `init` makes |
 //! | [`operator`], [`admin`] | the operator's commands, and how they tell a mediator that runs |
+//! | [`backup`] | everything in one encrypted file, and back |
 //! | [`token`], [`enrolment`] | how devices get their identity |
 //! | [`store`], [`directory`] | what must last, and who is enrolled and may do what |
 //! | [`server`] | what listens where |
@@ -17,6 +18,7 @@
 
 pub mod admin;
 pub mod audit;
+pub mod backup;
 pub mod broker;
 pub mod channel;
 pub mod cli;

@@ -1,5 +1,6 @@
 //! The command line of `adit-mediator`.
 
+mod backup;
 mod devices;
 mod policy;
 mod table;
@@ -69,6 +70,12 @@ pub enum Command {
     /// List which technician reaches which agents.
     #[command(after_help = "Example: adit-mediator grants annas-laptop")]
     Grants(policy::Grants),
+    /// Write everything that makes this organisation into one encrypted file, also while the mediator runs.
+    #[command(after_help = "Example: adit-mediator backup /mnt/usb/adit.age")]
+    Backup(backup::Backup),
+    /// Bring an organisation back from a backup, on a new machine: every device comes back by itself.
+    #[command(after_help = "Example: adit-mediator restore /mnt/usb/adit.age --data /var/lib/adit-mediator")]
+    Restore(backup::Restore),
     /// Everything on this machine with throwaway keys: server, agent, technician and a tunnel.
     #[command(after_help = "Example: adit-mediator demo --target 127.0.0.1:22")]
     Demo(Demo),
@@ -168,6 +175,8 @@ pub async fn run(cli: Cli) -> Result<(), Box<dyn Failure>> {
         Command::Allow(arguments) => arguments.run().await,
         Command::Deny(arguments) => arguments.run().await,
         Command::Grants(arguments) => arguments.run().await,
+        Command::Backup(arguments) => arguments.run().await,
+        Command::Restore(arguments) => arguments.run().await,
         Command::Demo(arguments) => {
             return demo::run(arguments).await.map_err(|error| Box::new(error) as Box<dyn Failure>);
         }

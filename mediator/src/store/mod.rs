@@ -54,13 +54,22 @@ impl Store {
         Ok(Self { pool })
     }
 
-    /// Writes a consistent copy of the whole database to `path`, which must not be there, while others use it.
+    /// Writes a consistent copy of the whole database to `path`, which must be empty or not there, while others use it.
     ///
     /// # Errors
     /// The database's.
     pub async fn copy_to(&self, path: &Path) -> Result<(), sqlx::Error> {
         let path = path.to_string_lossy().into_owned();
         sqlx::query("VACUUM INTO ?").bind(path).execute(&self.pool).await.map(drop)
+    }
+
+    /// What SQLite finds wrong with the database; `None` when it is sound.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn check(&self) -> Result<Option<String>, sqlx::Error> {
+        let found: String = sqlx::query_scalar("PRAGMA integrity_check(1)").fetch_one(&self.pool).await?;
+        Ok((found != "ok").then_some(found))
     }
 
     /// Waits for what is under way and closes the database.
