@@ -104,7 +104,8 @@ pub async fn examine(dir: &Path, agent: Option<&str>) -> Result<Vec<Finding>, Er
 async fn state(dir: &Path, operator: &Operator) -> Vec<Finding> {
     let mut findings = Vec::new();
     findings.push(match operator.store.check().await {
-        Ok(()) => Finding::fine("the database is whole"),
+        Ok(None) => Finding::fine("the database is whole"),
+        Ok(Some(wrong)) => Finding::fault(format!("the database: {wrong}"), "restore the last backup"),
         Err(error) => Finding::fault(format!("the database: {error}"), "restore the last backup"),
     });
     let free = rustix::fs::statvfs(dir).map(|disk| disk.f_bavail * disk.f_frsize);

@@ -163,6 +163,9 @@ impl Broker {
         let newest = self.revoked.newest();
         if newest.number > number {
             channel.send(Down::Revocations(List { list: newest.der().to_vec() }));
+        } else if newest.number < number {
+            warn!(device = %channel.device.id, name = channel.device.name, theirs = number, ours = newest.number,
+                "a device knows of revocations that this database does not (an older backup?): revoke those devices again");
         }
     }
 

@@ -74,6 +74,14 @@ impl Store {
             .map(drop)
     }
 
+    /// Makes every token useless; says how many there were.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn void_tokens(&self) -> Result<u64, sqlx::Error> {
+        sqlx::query("DELETE FROM tokens").execute(&self.pool).await.map(|done| done.rows_affected())
+    }
+
     /// Spends one use of a token and enrols the device; all of it or nothing. The same token with the
     /// same key gives the same device again and spends nothing.
     ///
