@@ -1,18 +1,15 @@
 //! 8002/udp: STUN, and the connection handshake that shows the mediator where an end of a session is.
 //!
-//! The handshake is a Binding request whose USERNAME is `<session id>:<role>` and whose
-//! MESSAGE-INTEGRITY is keyed with that end's own ICE password. Its answer is the plain STUN answer;
-//! what the mediator saw goes to the other end of the session on its control channel.
+//! The answer to a handshake ([`handshake`]) is the plain STUN answer; what the mediator saw goes to the other
+//! end of the session on its control channel.
 
 use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use adit_protocol::{Role, SessionId};
-use adit_tunnel::path::stun::{binding_response, is_stun};
-use stun_rs::attributes::stun::{MessageIntegrity, UserName};
-use stun_rs::{DecoderContextBuilder, HMACKey, MessageDecoderBuilder};
+use adit_tunnel::path::handshake;
+use adit_tunnel::path::stun::binding_response;
 use tokio::net::UdpSocket;
 
 use crate::broker::Broker;
@@ -48,34 +45,13 @@ pub async fn serve(socket: UdpSocket, broker: Arc<Broker>) -> std::io::Result<()
         }
         // UDP may lose it as well as we.
         let _ = socket.try_send_to(&answer, source);
-        if let Some((session, role)) = handshake(request)
+        if let Some((session, role)) = handshake::claims(request)
             && let Some(password) = broker.ice_password(session, role)
-            && proves(request, &password)
+            && handshake::proves(request, &password)
         {
             broker.seen(session, role, SocketAddr::new(source.ip().to_canonical(), source.port()));
         }
     }
-}
-
-/// Session and role in the USERNAME of a request that claims to be a handshake.
-fn handshake(request: &[u8]) -> Option<(SessionId, Role)> {
-    if !is_stun(request) {
-        return None;
-    }
-    let (message, _) = MessageDecoderBuilder::default().build().decode(request).ok()?;
-    let username = message.get::<UserName>()?.as_user_name().ok()?.as_str().to_owned();
-    message.get::<MessageIntegrity>()?;
-    let (session, role) = username.split_once(':')?;
-    Some((session.parse().ok()?, role.parse().ok()?))
-}
-
-/// Whether the request's MESSAGE-INTEGRITY was made with this password.
-fn proves(request: &[u8], password: &str) -> bool {
-    let Ok(key) = HMACKey::new_short_term(password) else { return false };
-    let context = DecoderContextBuilder::default().with_key(key).with_validation().build();
-    // Without the attribute there would be nothing to validate.
-    let decoded = MessageDecoderBuilder::default().with_context(context).build().decode(request);
-    decoded.is_ok_and(|(message, _)| message.get::<MessageIntegrity>().is_some())
 }
 
 /// Requests of each source in the second that runs, in a table of fixed size.
@@ -110,35 +86,6 @@ impl Limit {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use stun_rs::methods::BINDING;
-    use stun_rs::{MessageClass, MessageEncoderBuilder, StunMessageBuilder};
-
-    fn request(username: &str, password: &str) -> Vec<u8> {
-        let message = StunMessageBuilder::new(BINDING, MessageClass::Request)
-            .with_attribute(UserName::new(username).expect("a name"))
-            .with_attribute(MessageIntegrity::new(HMACKey::new_short_term(password).expect("a key")))
-            .build();
-        let mut buffer = vec![0; 256];
-        let length = MessageEncoderBuilder::default().build().encode(&mut buffer, &message).expect("fits");
-        buffer.truncate(length);
-        buffer
-    }
-
-    #[test]
-    fn a_handshake_names_its_session_and_proves_it() {
-        let session = SessionId([7; 16]);
-        let bytes = request(&format!("{session}:agent"), "secret-of-that-end");
-        assert_eq!(handshake(&bytes), Some((session, Role::Agent)));
-        assert!(proves(&bytes, "secret-of-that-end"));
-        assert!(!proves(&bytes, "another"));
-        for at in 20..bytes.len() {
-            let mut bad = bytes.clone();
-            bad[at] ^= 1;
-            assert!(!proves(&bad, "secret-of-that-end"), "byte {at}");
-        }
-        assert_eq!(handshake(&request("nonsense", "x")), None);
-        assert_eq!(handshake(b"nonsense"), None);
-    }
 
     #[test]
     fn one_source_is_limited_and_the_next_second_is_free() {
