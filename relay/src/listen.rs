@@ -2,13 +2,16 @@
 
 use std::io::{self, ErrorKind};
 use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
 
 use adit_client::exit::{Exit, Failure};
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::net::{TcpListener, UdpSocket};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
 
 /// Connections that may wait to be accepted: a burst of reconnecting clients.
 const BACKLOG: i32 = 1024;
+/// How long a listener rests when the system has no descriptor or memory for a connection.
+const REST: Duration = Duration::from_millis(100);
 
 /// Listens on TCP `address`. `[::]` takes IPv4 too, and IPv4 only where the system has no IPv6.
 /// `setting` names it in errors, for example `[listen] relay`. Needs a tokio runtime.
@@ -32,6 +35,43 @@ pub fn udp(setting: &'static str, address: SocketAddr) -> Result<UdpSocket, List
     bind(Type::DGRAM, address)
         .and_then(|socket| UdpSocket::from_std(socket.into()))
         .map_err(|error| ListenError { setting, protocol: "UDP", address, error })
+}
+
+/// The next connection. When the system has no descriptor or memory for one, it rests for a while and tries
+/// again: the connection stays where it is, and the loop does not spin. Cancel safe.
+pub async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
+    loop {
+        match listener.accept().await {
+            Ok(accepted) => return accepted,
+            Err(error) => {
+                tracing::debug!(%error, "accept failed");
+                if !is_about_one_connection(&error) {
+                    tokio::time::sleep(REST).await;
+                }
+            }
+        }
+    }
+}
+
+/// How many descriptors this process may open.
+pub fn descriptors() -> usize {
+    #[cfg(target_os = "linux")]
+    if let Some(current) = rustix::process::getrlimit(rustix::process::Resource::Nofile).current {
+        return usize::try_from(current).unwrap_or(usize::MAX);
+    }
+    usize::MAX
+}
+
+/// Takes as many descriptors as the system grants: the usual soft limit of 1,024 is a few hundred pairs.
+pub fn raise_descriptor_limit() {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+        let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+        if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+            tracing::warn!(%error, "the limit on open descriptors stays as it is");
+        }
+    }
 }
 
 /// A socket that could not be bound.
@@ -90,6 +130,11 @@ fn bind_one(kind: Type, address: SocketAddr) -> io::Result<Socket> {
     socket.bind(&address.into())?;
     socket.set_nonblocking(true)?;
     Ok(socket)
+}
+
+fn is_about_one_connection(error: &io::Error) -> bool {
+    use ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted)
 }
 
 /// No such address family, or its sockets exist but no address does.
