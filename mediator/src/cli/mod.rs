@@ -192,6 +192,7 @@ fn init(arguments: &Init) -> Result<(), Error> {
 async fn serve(arguments: &Run) -> Result<(), Error> {
     let stop = stop_signal();
     let organisation = Organisation::load(&arguments.data.dir)?;
+    adit_relay::listen::raise_descriptor_limit();
     let mediator = Mediator::bind(organisation, arguments.relay == Switch::On).await?;
     mediator.run(stop).await
 }
