@@ -346,6 +346,27 @@ async fn row_09_memory_of_sessions_that_never_read() {
     server.until(|relay| relay.metrics().pairs() == 0 && relay.metrics().pipes_lent() == 0).await;
 }
 
+/// 2,000 idle sessions within 256 MiB, both their ends included.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fault_256_mib_of_memory() {
+    const MOST: u64 = 256 * 1024 * 1024;
+    adit_relay::listen::raise_descriptor_limit();
+    let sessions = u64::from(scale(2_000, 500));
+    let server = Server::start().await;
+    let before = resident();
+    let mut pairs = Vec::new();
+    for serial in 0..sessions {
+        let (mut technician, mut agent) = server.pair(serial).await;
+        technician.write_all(b"hello").await.unwrap();
+        within(agent.read_exact(&mut [0; 5])).await.unwrap();
+        pairs.push((technician, agent));
+    }
+    let grown = resident().saturating_sub(before);
+    println!("fault: {sessions} idle sessions: {} KiB, {} bytes each", grown / 1024, grown / sessions);
+    assert_eq!(server.relay.metrics().pairs(), sessions);
+    assert!(grown * 2_000 / sessions <= MOST);
+}
+
 /// A pair into which both ends have written until nothing more fits.
 async fn stuffed(server: &Server, serial: u64) -> [tokio::net::TcpStream; 2] {
     let (technician, agent) = server.pair(serial).await;
