@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use adit_client::identity::store::{self, Access};
+use adit_relay::door::Crowd;
 use serde::Deserialize;
 
 use crate::error::Error;
@@ -29,6 +30,9 @@ pub struct Config {
     /// The redirector.
     #[serde(default)]
     pub redirector: Redirector,
+    /// Section `[limits]`: the doors of `https` and of the embedded relay.
+    #[serde(default)]
+    pub limits: Crowd,
 }
 
 /// Section `[listen]`.
@@ -119,6 +123,7 @@ pub fn template(hosts: &[String]) -> String {
     let Listen { udp, relay, https, diagnostics } = Listen::default();
     let P2p { ports, many_socket_probing } = P2p::default();
     let redirector = Redirector::default().ports;
+    let Crowd { unauthenticated, per_source, .. } = Crowd::default();
     format!(
         r#"# Settings of this mediator, each with its default. A change takes effect at the next start.
 
@@ -153,6 +158,13 @@ many_socket_probing = {many_socket_probing}
 [redirector]
 # TCP ports of the redirector, one for each granted session, FIRST-LAST.
 ports = "{redirector}"
+
+[limits]
+# Connections that have not shown who they are; and the same of one source (an IPv6 source is a /64).
+unauthenticated = {unauthenticated}
+per_source = {per_source}
+# Addresses without penalties and with no limit of their own: of a proxy behind which everybody comes.
+exempt = []
 "#
     )
 }
@@ -254,6 +266,7 @@ mod tests {
     fn the_template_reads_back_as_the_defaults() {
         let config: Config = toml::from_str(&template(&["a.example".into(), "::1".into()])).expect("reads");
         assert_eq!(format!("{:?}", config.listen), format!("{:?}", Listen::default()));
+        assert_eq!(config.limits, Crowd::default());
         assert_eq!(format!("{:?}", config.p2p), format!("{:?}", P2p::default()));
         assert_eq!(config.reached_at(config.listen.https), ["a.example:443", "[::1]:443"]);
         assert!(config.check(Path::new("x")).is_ok());

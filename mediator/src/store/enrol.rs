@@ -88,6 +88,10 @@ impl Store {
     /// # Errors
     /// [`EnrolError`].
     pub async fn enrol(&self, candidate: &Candidate<'_>, now: u64) -> Result<Enrolled, EnrolError> {
+        // Only one at a time may write: guesses must not make genuine devices wait for it.
+        if !self.has_token(&candidate.token).await? {
+            return Err(EnrolError::UnknownToken);
+        }
         let mut tx = self.pool.begin_with("BEGIN IMMEDIATE").await?;
         let known = sqlx::query("SELECT * FROM devices WHERE public_key = ?")
             .bind(candidate.public_key.as_slice())
@@ -145,6 +149,13 @@ impl Store {
         }
         tx.commit().await?;
         Ok(Enrolled { device, again: false, replaced })
+    }
+}
+
+impl Store {
+    async fn has_token(&self, hash: &[u8; 32]) -> Result<bool, sqlx::Error> {
+        let found = sqlx::query_scalar::<_, i64>("SELECT 1 FROM tokens WHERE hash = ?");
+        Ok(found.bind(hash.as_slice()).fetch_optional(&self.pool).await?.is_some())
     }
 }
 

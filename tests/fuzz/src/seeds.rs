@@ -175,6 +175,7 @@ pub(super) fn certificate() -> Vec<Vec<u8>> {
 
 pub(super) fn text() -> Vec<Vec<u8>> {
     let token = EnrolmentToken {
+        role: Role::Agent,
         fingerprint: [0x11; 32],
         secret: [0x22; 16],
         servers: vec!["adit.example.org:443".into(), "[2001:db8::1]:443".into()],
