@@ -233,7 +233,8 @@ fn listeners(about: &About, config: &Config) -> Vec<Finding> {
     if findings.is_empty() {
         let shown: Vec<String> =
             found.iter().map(|(protocol, address)| format!("{address}/{protocol}")).collect();
-        findings.push(Finding::fine(format!("the mediator listens on {} and nothing else", shown.join(", "))));
+        findings
+            .push(Finding::fine(format!("the mediator listens on {} and nothing else", shown.join(", "))));
     }
     findings
 }
