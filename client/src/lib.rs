@@ -18,7 +18,6 @@ pub mod leg;
 pub mod log;
 mod os;
 pub mod probe;
-#[cfg(windows)]
 pub mod service;
 pub mod session;
 pub mod status;

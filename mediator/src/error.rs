@@ -1,7 +1,6 @@
 //! What can go wrong in the operator's commands, with exit code and remedy.
 
 use std::io;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use adit_client::exit::{Exit, Failure};
@@ -9,6 +8,7 @@ use adit_client::identity::InvalidKey;
 use adit_client::identity::certificate::CertificateError;
 use adit_client::identity::store::StoreError;
 use adit_client::tls::TlsError;
+use adit_relay::listen::ListenError;
 
 /// Why a command of the mediator failed.
 #[derive(Debug, thiserror::Error)]
@@ -19,6 +19,9 @@ pub enum Error {
     /// `run` or `token` before `init`.
     #[error("{} holds no organisation", .0.display())]
     NoOrganisation(PathBuf),
+    /// `install` in a directory without an organisation, and without a name for one.
+    #[error("{} holds no organisation yet, and a new one needs the name of this server", .0.display())]
+    Nameless(PathBuf),
     /// `init` was cut off.
     #[error("init did not finish in {}", .0.display())]
     HalfMade(PathBuf),
@@ -111,18 +114,9 @@ pub enum Error {
         /// What is wrong with it.
         error: InvalidKey,
     },
-    /// An address cannot be bound.
-    #[error("cannot listen on {address}: {error}")]
-    Listen {
-        /// Key in the section `[listen]`.
-        setting: &'static str,
-        /// The configuration file.
-        config: PathBuf,
-        /// What was wanted.
-        address: SocketAddr,
-        /// What the system said.
-        error: io::Error,
-    },
+    /// A port.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
     /// The database.
     #[error("the database {} cannot be used: {error}", path.display())]
     Database {
@@ -181,6 +175,9 @@ impl Failure for Error {
             Self::NoOrganisation(dir) => {
                 format!("make one first: adit-mediator init --data {} --host NAME", dir.display())
             }
+            Self::Nameless(_) => {
+                "name it as devices reach it: adit-mediator install --host adit.example.org".into()
+            }
             Self::HalfMade(_) => "run the same adit-mediator init again".into(),
             Self::Host(_) => "for example --host adit.example.org,203.0.113.7".into(),
             Self::Tag(_) => {
@@ -206,16 +203,7 @@ impl Failure for Error {
             Self::Config { .. } => "correct that line; init wrote every setting with its default".into(),
             Self::Https(_) => "correct [https] cert and key, or leave both out".into(),
             Self::File(_) | Self::Key { .. } => "restore that file from your backup of the directory".into(),
-            Self::Listen { setting, config, error, .. } => {
-                let why = match error.kind() {
-                    io::ErrorKind::AddrInUse => "stop what uses that port, or change it",
-                    io::ErrorKind::PermissionDenied => {
-                        "allow it (setcap cap_net_bind_service=+ep, AmbientCapabilities), or change it"
-                    }
-                    _ => "change it",
-                };
-                format!("{why}: [listen] {setting} in {}", config.display())
-            }
+            Self::Listen(error) => return error.remedy(),
             Self::Database { .. } | Self::Audit { .. } => {
                 "check that the directory can be written by this user, and that the disk is not full".into()
             }

@@ -3,7 +3,7 @@
 //!
 //! | module | what it does |
 //! | --- | --- |
-//! | [`cli`] | the command line |
+//! | [`cli`], `install` | the command line; the mediator as a service |
 //! | [`organisation`], [`config`] | the directory that `init` makes |
 //! | [`operator`], [`admin`] | the operator's commands, and how they tell a mediator that runs |
 //! | [`doctor`] | the connection test |
@@ -30,6 +30,8 @@ pub mod doctor;
 pub mod enrolment;
 pub mod error;
 pub mod https;
+#[cfg(target_os = "linux")]
+pub mod install;
 pub mod metrics;
 pub mod operator;
 pub mod organisation;

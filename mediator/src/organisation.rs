@@ -80,6 +80,11 @@ impl Organisation {
         Ok(())
     }
 
+    /// Whether there is one in `dir`, whole or damaged.
+    pub fn is_in(dir: &Path) -> bool {
+        !dir.join(UNFINISHED).exists() && (dir.join(config::FILE).exists() || dir.join(SERVER).exists())
+    }
+
     /// Reads what [`Organisation::init`] made.
     ///
     /// # Errors
@@ -88,7 +93,7 @@ impl Organisation {
         if dir.join(UNFINISHED).exists() {
             return Err(Error::HalfMade(dir.to_owned()));
         }
-        if !dir.join(config::FILE).exists() && !dir.join(SERVER).exists() {
+        if !Self::is_in(dir) {
             return Err(Error::NoOrganisation(dir.to_owned()));
         }
         let config = Config::load(dir)?;

@@ -8,9 +8,11 @@ use std::time::Duration;
 
 use adit_client::dial::tune;
 use adit_client::identity::Peer;
+use adit_client::service;
 use adit_client::tls;
 use adit_protocol::{ALPN_CONTROL, ALPN_ENROL, DeviceId};
 use adit_relay::diagnostics::{self, Readiness};
+use adit_relay::listen::{self, ListenError, Setting};
 use prometheus_client::registry::Registry;
 use rustls::ServerConfig;
 use rustls::server::Acceptor;
@@ -27,7 +29,7 @@ use crate::audit::Audit;
 use crate::broker::Broker;
 use crate::browsers::{self, ALPN_HTTP};
 use crate::channel::{self, Greeting};
-use crate::config::{self, Config};
+use crate::config::{self, Config, Listen};
 use crate::enrolment::Enroller;
 use crate::error::Error;
 use crate::https::{Certificates, Files};
@@ -48,6 +50,33 @@ const LINGER_BYTES: usize = 16 * 1024;
 const MAX_CHANNELS: usize = 20_000;
 /// How long the listener rests when the system has no descriptor or memory for a connection.
 const REST: Duration = Duration::from_millis(100);
+
+/// Everything that a mediator listens on.
+#[derive(Debug)]
+pub struct Sockets {
+    https: TcpListener,
+    udp: UdpSocket,
+    diagnostics: TcpListener,
+    relay: Option<TcpListener>,
+}
+
+impl Sockets {
+    /// Binds what `config`, of the file in `dir`, says: all, or nothing. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// [`ListenError`] of the first that cannot be bound.
+    pub fn bind(dir: &Path, config: &Listen, with_relay: bool) -> Result<Self, ListenError> {
+        let file = dir.join(config::FILE);
+        let setting = |key| Setting { key, file: &file };
+        let relay = with_relay.then(|| listen::tcp(setting("[listen] relay"), config.relay)).transpose()?;
+        Ok(Self {
+            https: listen::tcp(setting("[listen] https"), config.https)?,
+            udp: listen::udp(setting("[listen] udp"), config.udp)?,
+            diagnostics: listen::tcp(setting("[listen] diagnostics"), config.diagnostics)?,
+            relay,
+        })
+    }
+}
 
 /// A mediator whose sockets are bound.
 pub struct Mediator {
@@ -94,10 +123,7 @@ impl Mediator {
             std::io::ErrorKind::AddrInUse => Error::Runs(dir.clone()),
             _ => Error::Io(error),
         })?;
-        let https = listen(dir, "https", config.listen.https).await?;
-        let diagnostics = listen(dir, "diagnostics", config.listen.diagnostics).await?;
-        let udp = config.listen.udp;
-        let udp = UdpSocket::bind(udp).await.map_err(|error| cannot_listen(dir, "udp", udp, error))?;
+        let sockets = Sockets::bind(dir, &config.listen, with_relay)?;
         let seed = ticket_key.to_seed_and_public();
         let seed = seed.map_err(|error| Error::Key { path: dir.join("ticket-key.pem"), error })?;
         let database = |error| Error::Database { path: dir.join(DATABASE), error };
@@ -108,12 +134,11 @@ impl Mediator {
         broker.load_list().await.map_err(database)?;
         let mut registry = Registry::default();
         metrics::register(&mut registry, broker.clone());
-        let relay = if with_relay {
+        let relay = if let Some(listener) = sockets.relay {
             let relay = adit_relay::Relay::new(adit_relay::Config::new(*relay_id));
             relay.set_ticket_key(ticket_key.public_key());
             relay.register(&mut registry);
             broker.embed(relay.clone());
-            let listener = listen(dir, "relay", config.listen.relay).await?;
             let addresses = config.reached_at(config.listen.relay);
             let epoch = relay.epoch();
             broker
@@ -151,6 +176,7 @@ impl Mediator {
             relay: relay.as_ref().map(|_| *relay_id),
             certificates: certificates.clone(),
         };
+        let Sockets { https, udp, diagnostics, .. } = sockets;
         Ok(Self { broker, doors, https, udp, diagnostics, registry, relay, admin, certificates, settings })
     }
 
@@ -202,6 +228,7 @@ impl Mediator {
             Ok(())
         });
         tasks.spawn(accept_all(self.https, self.doors));
+        service::ready();
 
         let outcome = tokio::select! {
             () = shutdown => Ok(()),
@@ -334,12 +361,4 @@ fn greeting(config: &Config, ticket_key: [u8; 32]) -> Greeting {
         p2p_ports: config.p2p.ports.clone(),
         ticket_key,
     }
-}
-
-async fn listen(dir: &Path, setting: &'static str, address: SocketAddr) -> Result<TcpListener, Error> {
-    TcpListener::bind(address).await.map_err(|error| cannot_listen(dir, setting, address, error))
-}
-
-fn cannot_listen(dir: &Path, setting: &'static str, address: SocketAddr, error: std::io::Error) -> Error {
-    Error::Listen { setting, config: dir.join(config::FILE), address, error }
 }

@@ -62,7 +62,10 @@ fn init_token_run_and_stop() {
     config(&taken.local_addr().expect("bound").to_string());
     let (code, _, stderr) = output(&["run"], &data);
     assert_eq!(code, 2);
-    assert!(stderr.contains("[listen] https"), "{stderr}");
+    assert!(stderr.contains("[listen] https in ") && stderr.contains("config.toml"), "{stderr}");
+    // 443 is 443: no other port, and who has it is named.
+    #[cfg(target_os = "linux")]
+    assert!(stderr.contains(&format!("process {} of user", std::process::id())), "{stderr}");
 
     config("127.0.0.1:0");
     let child = mediator(&["run", "--relay", "off"], &data).stderr(Stdio::piped()).spawn().expect("starts");

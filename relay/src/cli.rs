@@ -12,6 +12,8 @@ use adit_protocol::token::EnrolmentToken;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config;
+#[cfg(target_os = "linux")]
+use crate::install::{Install, Uninstall};
 use crate::run::{self, Overrides, RunError};
 
 /// The relay of adit: forwards bytes between two devices that show tickets of the mediator.
@@ -41,6 +43,20 @@ Example:
   adit-relay run --data /var/lib/adit-relay
 Settings are in config.toml of that directory. ADIT_LOG sets the log level (default: info).")]
     Run(Run),
+    /// Set the relay up as a service of this system: a user of its own, no root, started with the machine
+    #[cfg(target_os = "linux")]
+    #[command(after_help = "\
+Example:
+  sudo adit-relay enroll - --data /var/lib/adit-relay --host relay.example.org < token
+  sudo adit-relay install
+Here the state directory is /var/lib/adit-relay by default.")]
+    Install(Install),
+    /// Stop the service and remove it
+    #[cfg(target_os = "linux")]
+    #[command(after_help = "\
+Example:
+  sudo adit-relay uninstall")]
+    Uninstall(Uninstall),
 }
 
 #[derive(Debug, Args)]
@@ -76,10 +92,10 @@ struct Run {
 }
 
 #[derive(Debug, Args)]
-struct Data {
+pub(crate) struct Data {
     /// State directory [default: the platform's own, for example ~/.local/share/adit-relay]
     #[arg(long, value_name = "DIR", env = "ADIT_DATA")]
-    data: Option<PathBuf>,
+    pub(crate) data: Option<PathBuf>,
 }
 
 impl Cli {
@@ -91,6 +107,10 @@ impl Cli {
         match self.command {
             Command::Enroll(command) => command.run().await.map_err(|error| Box::new(error) as _),
             Command::Run(command) => command.run().await,
+            #[cfg(target_os = "linux")]
+            Command::Install(command) => command.run(),
+            #[cfg(target_os = "linux")]
+            Command::Uninstall(command) => command.run(),
         }
     }
 }

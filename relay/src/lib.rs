@@ -9,14 +9,20 @@
 //! | `forward` | the two directions of a pair |
 //! | `pool`, `pipe` | pipes and buffers, lent while bytes are on the way |
 //! | [`metrics`], [`diagnostics`] | what is counted, and the HTTP server that shows it |
-//! | [`listen`], [`stun`] | a server's sockets; its STUN server |
-//! | [`config`], [`cli`], [`run`] | the program around it: file, command line, control channel |
+//! | [`listen`], `holder`, [`stun`] | a server's sockets; who has a port that is taken; its STUN server |
+//! | [`config`], [`cli`], [`run`], `install` | the program around it: file, command line, control channel, service |
 
 pub mod cli;
 pub mod config;
 pub mod diagnostics;
 mod forward;
 mod gate;
+#[cfg(target_os = "linux")]
+mod holder;
+#[cfg(not(target_os = "linux"))]
+mod holder_none;
+#[cfg(target_os = "linux")]
+pub mod install;
 pub mod listen;
 pub mod metrics;
 mod pairing;

@@ -2,46 +2,77 @@
 
 use std::io::{self, ErrorKind};
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
 
 use adit_client::exit::{Exit, Failure};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, UdpSocket};
 
+#[cfg(target_os = "linux")]
+use crate::holder::{self, Holder};
+#[cfg(not(target_os = "linux"))]
+use crate::holder_none::{self as holder, Holder};
+
 /// Connections that may wait to be accepted: a burst of reconnecting clients.
 const BACKLOG: i32 = 1024;
 
-/// Listens on TCP `address`. `[::]` takes IPv4 too, and IPv4 only where the system has no IPv6.
-/// `setting` names it in errors, for example `[listen] relay`. Needs a tokio runtime.
+/// Where an address was configured: what an error tells people to change.
+#[derive(Debug, Clone, Copy)]
+pub struct Setting<'a> {
+    /// Section and key, for example `[listen] relay`.
+    pub key: &'a str,
+    /// The configuration file.
+    pub file: &'a Path,
+}
+
+/// Listens on TCP `address`. `[::]` takes IPv4 too, and IPv4 only where the system has no IPv6. Needs a
+/// tokio runtime.
 ///
 /// # Errors
 /// [`ListenError`].
-pub fn tcp(setting: &'static str, address: SocketAddr) -> Result<TcpListener, ListenError> {
+pub fn tcp(setting: Setting<'_>, address: SocketAddr) -> Result<TcpListener, ListenError> {
     bind(Type::STREAM, address)
         .and_then(|socket| {
             socket.listen(BACKLOG)?;
             TcpListener::from_std(socket.into())
         })
-        .map_err(|error| ListenError { setting, protocol: "TCP", address, error })
+        .map_err(|error| ListenError::new(setting, Type::STREAM, address, error))
 }
 
 /// The same for UDP.
 ///
 /// # Errors
 /// [`ListenError`].
-pub fn udp(setting: &'static str, address: SocketAddr) -> Result<UdpSocket, ListenError> {
+pub fn udp(setting: Setting<'_>, address: SocketAddr) -> Result<UdpSocket, ListenError> {
     bind(Type::DGRAM, address)
         .and_then(|socket| UdpSocket::from_std(socket.into()))
-        .map_err(|error| ListenError { setting, protocol: "UDP", address, error })
+        .map_err(|error| ListenError::new(setting, Type::DGRAM, address, error))
 }
 
 /// A socket that could not be bound.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot listen on {address} ({protocol}): {error}")]
+#[error("cannot listen on {address} ({protocol}): {}", why(.holder.as_ref(), .error))]
 pub struct ListenError {
-    setting: &'static str,
+    /// `[listen] relay in /var/lib/adit-relay/config.toml`.
+    setting: String,
     protocol: &'static str,
     address: SocketAddr,
+    /// Who has the port, if somebody has it and could be found.
+    holder: Option<Holder>,
     error: io::Error,
+}
+
+impl ListenError {
+    fn new(setting: Setting<'_>, kind: Type, address: SocketAddr, error: io::Error) -> Self {
+        let taken = error.kind() == ErrorKind::AddrInUse;
+        Self {
+            setting: format!("{} in {}", setting.key, setting.file.display()),
+            protocol: if kind == Type::STREAM { "TCP" } else { "UDP" },
+            address,
+            holder: if taken { holder::of(kind, address) } else { None },
+            error,
+        }
+    }
 }
 
 impl Failure for ListenError {
@@ -50,19 +81,29 @@ impl Failure for ListenError {
     }
 
     fn remedy(&self) -> Option<String> {
-        let setting = self.setting;
+        let setting = &self.setting;
         Some(match self.error.kind() {
-            ErrorKind::AddrInUse => format!(
-                "another program has that port (`ss -lnp` shows which): stop it, or set {setting} in config.toml"
-            ),
+            ErrorKind::AddrInUse => {
+                let hidden = self.holder.as_ref().is_none_or(Holder::is_hidden);
+                let which = if hidden { " (`sudo ss -lnp` shows which)" } else { "" };
+                format!("stop that program{which}, or set {setting} to another port")
+            }
             ErrorKind::PermissionDenied => format!(
-                "ports below 1024 need CAP_NET_BIND_SERVICE: grant it, or set {setting} in config.toml to a higher one"
+                "ports below 1024 need CAP_NET_BIND_SERVICE, which the service has that the command \
+                 `install` sets up; or set {setting} to a higher port"
             ),
             ErrorKind::AddrNotAvailable => {
-                format!("this machine has no such address: set {setting} in config.toml to one that it has")
+                format!("this machine has no such address: set {setting} to one that it has")
             }
-            _ => format!("set {setting} in config.toml to another address"),
+            _ => format!("set {setting} to another address"),
         })
+    }
+}
+
+fn why(holder: Option<&Holder>, error: &io::Error) -> String {
+    match holder {
+        Some(holder) => format!("{holder} has that port"),
+        None => error.to_string(),
     }
 }
 
@@ -110,22 +151,40 @@ mod tests {
     use super::*;
     use tokio::net::TcpStream;
 
+    fn relay() -> Setting<'static> {
+        Setting { key: "[listen] relay", file: Path::new("/d/config.toml") }
+    }
+
     #[tokio::test]
     async fn all_addresses_means_both_families() {
-        let listener = tcp("[listen] relay", "[::]:0".parse().expect("address")).expect("binds");
+        let listener = tcp(relay(), "[::]:0".parse().expect("address")).expect("binds");
         let port = listener.local_addr().expect("bound").port();
         TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.expect("IPv4 gets in");
     }
 
     #[tokio::test]
     async fn a_taken_port_is_named_with_its_remedy() {
-        let first = tcp("[listen] relay", "127.0.0.1:0".parse().expect("address")).expect("binds");
+        let first = tcp(relay(), "127.0.0.1:0".parse().expect("address")).expect("binds");
         let address = first.local_addr().expect("bound");
-        let error = tcp("[listen] relay", address).expect_err("taken");
+        let error = tcp(relay(), address).expect_err("taken");
         assert_eq!(error.exit(), Exit::Usage);
         assert!(error.to_string().contains(&address.to_string()));
-        assert!(error.remedy().expect("has one").contains("[listen] relay"));
-        let error = udp("[listen] udp", "192.0.2.1:0".parse().expect("address")).expect_err("not ours");
+        let remedy = error.remedy().expect("has one");
+        println!("{error}\n  {remedy}");
+        assert!(remedy.contains("[listen] relay in /d/config.toml"), "{remedy}");
+        let error = udp(relay(), "192.0.2.1:0".parse().expect("address")).expect_err("not ours");
         assert!(error.remedy().expect("has one").contains("no such address"));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[tokio::test]
+    async fn who_has_the_port_is_named() {
+        let me = format!("process {} of user", std::process::id());
+        let first = udp(relay(), "127.0.0.1:0".parse().expect("address")).expect("binds");
+        let port = first.local_addr().expect("bound").port();
+        let error = udp(relay(), SocketAddr::from(([0, 0, 0, 0], port))).expect_err("taken");
+        println!("{error}");
+        assert!(error.to_string().contains(&me), "{error}");
+        assert!(!error.remedy().expect("has one").contains("ss -lnp"));
     }
 }

@@ -9,16 +9,18 @@ use adit_client::control::{Control, State, hello, maintain};
 use adit_client::exit::{Exit, Failure};
 use adit_client::identity::Live;
 use adit_client::identity::store::StoreError;
+use adit_client::service;
 use adit_protocol::Role;
 use adit_protocol::control::{Down, RelayUp, Up};
 use prometheus_client::registry::Registry;
+use tokio::net::{TcpListener, UdpSocket};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::{error, info, warn};
 
-use crate::config::{ConfigError, ConfigFile};
+use crate::config::{self, ConfigError, ConfigFile, Listen};
 use crate::diagnostics::{self, Readiness};
-use crate::listen::{self, ListenError};
+use crate::listen::{self, ListenError, Setting};
 use crate::server::{Config, Relay};
 use crate::stun;
 
@@ -31,6 +33,34 @@ pub struct Overrides {
     pub udp: Option<SocketAddr>,
     /// `[listen] diagnostics`.
     pub diagnostics: Option<SocketAddr>,
+}
+
+/// Everything that a relay listens on.
+#[derive(Debug)]
+pub struct Sockets {
+    relay: TcpListener,
+    udp: Option<UdpSocket>,
+    diagnostics: Option<TcpListener>,
+}
+
+impl Sockets {
+    /// Binds what `config`, the file in `dir`, and `overrides` say: all, or nothing. Needs a tokio runtime.
+    ///
+    /// # Errors
+    /// [`ListenError`] of the first that cannot be bound.
+    pub fn bind(dir: &Path, config: &Listen, overrides: Overrides) -> Result<Self, ListenError> {
+        let file = dir.join(config::FILE);
+        let setting = |key| Setting { key, file: &file };
+        let udp = overrides.udp.or(config.udp);
+        let diagnostics = overrides.diagnostics.or(config.diagnostics);
+        Ok(Self {
+            relay: listen::tcp(setting("[listen] relay"), overrides.relay.unwrap_or(config.relay))?,
+            udp: udp.map(|address| listen::udp(setting("[listen] udp"), address)).transpose()?,
+            diagnostics: diagnostics
+                .map(|address| listen::tcp(setting("[listen] diagnostics"), address))
+                .transpose()?,
+        })
+    }
 }
 
 /// Runs the relay whose state is in `dir` until the process is told to stop.
@@ -57,11 +87,10 @@ pub async fn run(dir: &Path, overrides: Overrides) -> Result<(), RunError> {
         }
     };
 
-    let listener = listen::tcp("[listen] relay", overrides.relay.unwrap_or(config.listen.relay))?;
-    let relay_port = listener.local_addr()?.port();
+    let sockets = Sockets::bind(dir, &config.listen, overrides)?;
+    let relay_port = sockets.relay.local_addr()?.port();
     let mut stun_address = String::new();
-    if let Some(address) = overrides.udp.or(config.listen.udp) {
-        let socket = listen::udp("[listen] udp", address)?;
+    if let Some(socket) = sockets.udp {
         let port = socket.local_addr()?.port();
         stun_address = hosts.first().map(|host| host_port(host, port)).unwrap_or_default();
         tasks.spawn(stun::serve(socket, until_stopped()));
@@ -69,8 +98,7 @@ pub async fn run(dir: &Path, overrides: Overrides) -> Result<(), RunError> {
 
     let relay = Relay::new(Config { limits: config.limits, ..Config::new(identity.device_id) });
     let readiness = Readiness::new();
-    if let Some(address) = overrides.diagnostics.or(config.listen.diagnostics) {
-        let listener = listen::tcp("[listen] diagnostics", address)?;
+    if let Some(listener) = sockets.diagnostics {
         info!(address = %listener.local_addr()?, "diagnostics");
         let mut registry = Registry::default();
         relay.register(&mut registry);
@@ -82,13 +110,15 @@ pub async fn run(dir: &Path, overrides: Overrides) -> Result<(), RunError> {
         });
     }
     info!(name = identity.name, port = relay_port, "relay is up");
-    tasks.spawn(relay.clone().serve(listener, until_stopped()));
+    tasks.spawn(relay.clone().serve(sockets.relay, until_stopped()));
     let announcement = RelayUp {
         epoch: relay.epoch(),
         addresses: hosts.iter().map(|host| host_port(host, relay_port)).collect(),
         stun: stun_address,
     };
     tasks.spawn(register(live, relay, announcement, readiness));
+    // Not only when the mediator has taken it: pairs of a relay that starts again go on without one.
+    service::ready();
 
     told_to_stop().await?;
     info!("stopping");

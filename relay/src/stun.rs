@@ -85,6 +85,7 @@ impl RateLimit {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::listen::Setting;
     use adit_tunnel::path::stun::binding_request;
 
     #[test]
@@ -106,7 +107,8 @@ mod tests {
     #[tokio::test]
     async fn answers_a_binding_request_and_nothing_else() {
         // Both families on one socket, as by default: the IPv4 client must see its IPv4 address.
-        let server = crate::listen::udp("[listen] udp", "[::]:0".parse().expect("address")).expect("binds");
+        let setting = Setting { key: "[listen] udp", file: "config.toml".as_ref() };
+        let server = crate::listen::udp(setting, "[::]:0".parse().expect("address")).expect("binds");
         let port = server.local_addr().expect("bound").port();
         let address = SocketAddr::from(([127, 0, 0, 1], port));
         let serving = tokio::spawn(serve(server, std::future::pending()));

@@ -7,6 +7,7 @@
 //! | [`process`] | real programs inside a namespace: output, exit codes, `kill -9`, "a test that logs an ERROR fails" |
 //! | [`world`] | a lab with the real binaries in it: server, relays, an enrolled agent and technician |
 //! | [`traffic`] | what runs through a tunnel while something happens to it: transfers, ticks, a small HTTP server |
+//! | [`machine`] | a machine with a systemd of its own, for services and packages |
 //! | [`desktop`] | a screen with a marker drawn for this run, and how to find it in a picture |
 //!
 //! By hand: `cargo run -p adit-tests --bin lab -- up --agent cone --technician symmetric`.
@@ -14,6 +15,7 @@
 pub mod desktop;
 pub mod harness;
 pub mod lab;
+pub mod machine;
 pub mod process;
 pub mod traffic;
 pub mod world;

@@ -14,6 +14,7 @@ use crate::agent::{self, AgentEvent};
 use crate::allow::{AllowList, Entry};
 use crate::config::Config;
 use crate::events::{Event, Events};
+use crate::service;
 use crate::session::SessionEvent;
 use crate::status::{self, SessionInfo};
 
@@ -63,6 +64,7 @@ impl Agent {
         let shown = sessions.clone();
         let _status = status::serve(&dir, process, move || shown.all());
 
+        service::ready();
         let (sender, mut receiver) = mpsc::channel(EVENTS);
         let telling = async move {
             while let Some(event) = receiver.recv().await {

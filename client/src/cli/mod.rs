@@ -5,6 +5,7 @@ mod data;
 mod enroll;
 mod forward;
 mod ls;
+mod service;
 mod signals;
 mod status;
 mod stdio;
@@ -45,6 +46,7 @@ enum Command {
     Forward(forward::Forward),
     Stdio(stdio::Stdio),
     Status(status::Status),
+    Service(service::Service),
 }
 
 /// Runs `adit` with these arguments; the first is the name of the program.
@@ -80,6 +82,7 @@ fn run(cli: Cli) -> Result<(), Failed> {
             Command::Forward(command) => command.run().await,
             Command::Stdio(command) => command.run().await,
             Command::Status(command) => command.run().await,
+            Command::Service(command) => command.run(),
         }
     });
     // A thread that waits for a terminal, or for the resolver, holds up nobody.
@@ -122,6 +125,12 @@ enum CliError {
     NotOpened { agent: String, seconds: u64, detail: &'static str },
     #[error("the session has ended: {0}")]
     Ended(String),
+    #[cfg(target_os = "linux")]
+    #[error("{} holds no agent", dir.display())]
+    NoAgent { dir: std::path::PathBuf, own: Option<std::path::PathBuf> },
+    #[cfg(not(target_os = "linux"))]
+    #[error("this version cannot set up a service on this system")]
+    NoService,
     #[error("this version has no redirector")]
     NoRedirector,
     #[error("`adit stdio` takes a TCP target, and {0} is UDP")]
@@ -140,6 +149,10 @@ impl Failure for CliError {
             | Self::TokenFile { .. }
             | Self::NoRedirector
             | Self::UdpOnStdio(_) => Exit::Usage,
+            #[cfg(target_os = "linux")]
+            Self::NoAgent { .. } => Exit::Usage,
+            #[cfg(not(target_os = "linux"))]
+            Self::NoService => Exit::Usage,
         }
     }
 
@@ -158,6 +171,16 @@ impl Failure for CliError {
                     .to_owned()
             }
             Self::Ended(_) => "run the command again for a new session".to_owned(),
+            #[cfg(target_os = "linux")]
+            Self::NoAgent { dir, own: Some(own) } => {
+                format!("an agent of this user is in {0}; move it: mv {0} {1}", own.display(), dir.display())
+            }
+            #[cfg(target_os = "linux")]
+            Self::NoAgent { dir, own: None } => {
+                format!("enrol it first: sudo adit enroll - --data {} < token", dir.display())
+            }
+            #[cfg(not(target_os = "linux"))]
+            Self::NoService => "run `adit agent` by other means".to_owned(),
             Self::NoRedirector => "use --via auto, direct or relay".to_owned(),
             Self::UdpOnStdio(_) => "use adit forward for UDP".to_owned(),
         })
@@ -192,6 +215,9 @@ mod tests {
             "adit forward pc -L 127.0.0.1:0:127.0.0.1:3389 -L 5353:10.0.0.53:53/udp --data D --via relay --json",
             "adit stdio pc 127.0.0.1:22 --data D --via direct",
             "adit status --data D --json",
+            "adit service install --dry-run",
+            "adit service --data D uninstall --purge",
+            "adit service status --json",
         ] {
             Cli::try_parse_from(line.split(' ')).unwrap_or_else(|error| panic!("{line}: {error}"));
         }

@@ -194,12 +194,16 @@ pub enum Access {
 /// [`StoreError::Io`].
 pub fn write(dir: &Path, file: &str, contents: &[u8], access: Access) -> Result<(), StoreError> {
     let temporary = dir.join(format!(".{file}.{}.tmp", std::process::id()));
+    // Of a process that was cut off and had this number.
+    let _ = fs::remove_file(&temporary);
     let written = (|| {
         let mut options = fs::OpenOptions::new();
-        options.write(true).create(true).truncate(true);
+        // Never through a symbolic link: root writes here, too, and the directory is a service's.
+        options.write(true).create_new(true);
         os::set_access(&mut options, access == Access::Secret);
         let mut handle = options.open(&temporary)?;
         handle.write_all(contents)?;
+        hand_over(&temporary)?;
         handle.sync_all()?;
         fs::rename(&temporary, dir.join(file))?;
         os::sync_dir(dir)
@@ -208,6 +212,15 @@ pub fn write(dir: &Path, file: &str, contents: &[u8], access: Access) -> Result<
         let _ = fs::remove_file(&temporary);
         StoreError::io(dir, file, error)
     })
+}
+
+/// Gives a file that root made to the owner of its directory: a service reads what an operator makes with
+/// sudo beside it. Does nothing for anybody else, nor on Windows, where files inherit who may read them.
+///
+/// # Errors
+/// What the system said.
+pub fn hand_over(path: &Path) -> io::Result<()> {
+    os::hand_over(path)
 }
 
 /// Makes `dir`, which only its owner may enter (Unix: mode 0700; Windows: and the administrators), if it is
@@ -353,6 +366,33 @@ mod tests {
             key: Arc::new(key),
             revoked: Arc::default(),
         }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_in_the_place_of_a_file_is_not_followed() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let elsewhere = dir.path().join("elsewhere");
+        fs::write(&elsewhere, "before").expect("writes");
+        let temporary = dir.path().join(format!(".file.{}.tmp", std::process::id()));
+        std::os::unix::fs::symlink(&elsewhere, temporary).expect("links");
+        write(dir.path(), "file", b"new", Access::Secret).expect("writes");
+        assert_eq!(fs::read(&elsewhere).expect("reads"), b"before");
+        assert_eq!(fs::read(dir.path().join("file")).expect("reads"), b"new");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn what_root_writes_belongs_to_the_owner_of_the_directory() {
+        use std::os::unix::fs::{MetadataExt, chown};
+        let dir = tempfile::tempdir().expect("tempdir");
+        // Only root can give things away; for others nothing changes.
+        let given = chown(dir.path(), Some(65534), Some(65534)).is_ok();
+        write(dir.path(), "file", b"new", Access::Secret).expect("writes");
+        let owner = |path: &Path| fs::metadata(path).map(|file| (file.uid(), file.mode() & 0o777)).ok();
+        let uid = owner(dir.path()).expect("is there").0;
+        println!("given away: {given}; the file belongs to {uid}");
+        assert_eq!(owner(&dir.path().join("file")), Some((uid, 0o600)));
     }
 
     #[test]

@@ -16,6 +16,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use crate::config::{Https, parse_hosts};
 use crate::demo::{self, Demo};
 use crate::error::Error;
+#[cfg(target_os = "linux")]
+use crate::install::{Install, Uninstall};
 use crate::operator::become_owner;
 use crate::organisation::Organisation;
 use crate::server::Mediator;
@@ -47,6 +49,14 @@ pub enum Command {
     /// Run the mediator.
     #[command(after_help = "Example: adit-mediator run --data /var/lib/adit-mediator")]
     Run(Run),
+    /// Set the mediator up as a service of this system: a user of its own, no root, started with the machine.
+    #[cfg(target_os = "linux")]
+    #[command(after_help = "Example: sudo adit-mediator install --host adit.example.org")]
+    Install(Install),
+    /// Stop the service and remove it.
+    #[cfg(target_os = "linux")]
+    #[command(after_help = "Example: sudo adit-mediator uninstall")]
+    Uninstall(Uninstall),
     /// Make an enrolment token and print it.
     #[command(after_help = "Example: adit-mediator token --role agent --tag site=berlin")]
     Token(Token),
@@ -143,7 +153,7 @@ pub struct Token {
 }
 
 #[derive(Debug, Args)]
-struct Data {
+pub(crate) struct Data {
     /// State directory.
     #[arg(
         long = "data",
@@ -152,7 +162,7 @@ struct Data {
         default_value = "/var/lib/adit-mediator",
         global = true
     )]
-    dir: PathBuf,
+    pub(crate) dir: PathBuf,
 }
 
 impl Data {
@@ -165,7 +175,7 @@ impl Data {
 
 /// On or off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Switch {
+pub(crate) enum Switch {
     /// Yes.
     On,
     /// No.
@@ -180,6 +190,10 @@ pub async fn run(cli: Cli) -> Result<(), Box<dyn Failure>> {
     let done = match cli.command {
         Command::Init(arguments) => init(&arguments),
         Command::Run(arguments) => serve(&arguments).await,
+        #[cfg(target_os = "linux")]
+        Command::Install(arguments) => return arguments.run(),
+        #[cfg(target_os = "linux")]
+        Command::Uninstall(arguments) => return arguments.run(),
         Command::Token(arguments) => make_token(arguments).await,
         Command::Devices(arguments) => arguments.run().await,
         Command::Rename(arguments) => arguments.run().await,

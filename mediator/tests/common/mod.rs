@@ -50,7 +50,7 @@ impl Server {
             server.udp = choose_ports(server.dir.path());
             match server.run().await {
                 Ok(()) => return server,
-                Err(Error::Listen { .. }) => {}
+                Err(Error::Listen(_)) => {}
                 Err(error) => panic!("{error}"),
             }
         }
