@@ -259,8 +259,11 @@ fn configure(service: &Service) -> windows_service::Result<()> {
         command: None,
         actions: Some(RESTARTS.map(restart).to_vec()),
     })?;
-    // An agent that ends with an error has failed, too.
-    service.set_failure_actions_on_non_crash_failures(true)
+    // An agent that ends with an error has failed, too. Wine does not know this setting.
+    if let Err(error) = service.set_failure_actions_on_non_crash_failures(true) {
+        tracing::warn!(error = %system(error), "the service is started again after a crash only");
+    }
+    Ok(())
 }
 
 /// Stops the service if it runs, and waits until it has stopped.
