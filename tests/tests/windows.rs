@@ -1,5 +1,5 @@
-//! `adit.exe` under Wine: enrolled, as agent and as technician, on the relay and direct, against the real
-//! server and the other end on Linux. Everything on loopback.
+//! `adit.exe` under Wine: enrolled, as agent, as technician and as service, on the relay and direct, against the
+//! real server and the other end on Linux. Everything on loopback.
 //!
 //! `.ci/windows` builds it and runs this test, with [`EXE`] and [`WINE`] set. Without [`EXE`] there is no test
 //! here at all: on most machines there is no `adit.exe`.
@@ -42,9 +42,10 @@ fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     // They share Wine's prefix, and measure.
     arguments.test_threads = Some(1);
-    let tests: [(&str, Test); 2] = [
+    let tests: [(&str, Test); 3] = [
         ("wine_agent_serves_a_linux_technician", |stage| stage.run(wine_agent)),
         ("wine_technician_reaches_a_linux_agent", |stage| stage.run(wine_technician)),
+        ("wine_runs_the_service", |stage| stage.run(wine_service)),
     ];
     let Some(exe) = std::env::var_os(EXE).map(PathBuf::from) else {
         return libtest_mimic::run(&arguments, Vec::new()).exit_code();
@@ -110,6 +111,47 @@ async fn wine_technician(stage: &Stage) -> anyhow::Result<()> {
     stage.target_ends_first(greeter).await?;
     stage.refusals(System::Wine).await?;
     stage.end(agent).await?;
+    drop(server);
+    Ok(())
+}
+
+/// Wine's service manager, not Windows': it knows neither accounts nor access lists.
+async fn wine_service(stage: &Stage) -> anyhow::Result<()> {
+    let server = stage.server().await?;
+    let echo = tcp_echo().await?;
+    let service = async |arguments: &[&str]| {
+        let arguments = [&["service"], arguments].concat();
+        let process = Process::here(stage.adit(System::Wine, &arguments, "agent")?)?;
+        process.finish(PATIENCE).await
+    };
+    // In the order of its help: the directory is made before a key is in it.
+    let installed = service(&["install"]).await?;
+    ensure!(installed.code == 0 && installed.stderr.contains("adit enroll"), "{installed:?}");
+    ensure!(service(&["status"]).await?.code == 1, "it runs without an identity");
+    stage.enrol(System::Wine, "agent", &[]).await?;
+    let data = stage.state.path().join("agent");
+    std::fs::write(data.join("config.toml"), format!("[agent]\nallow = [\"{echo}\"]\n"))?;
+    let started = service(&["install"]).await?;
+    ensure!(started.code == 0 && started.stdout.contains("started"), "{started:?}");
+    poll(PATIENCE, "the service to run", async || {
+        let status: Value =
+            serde_json::from_str(service(&["status", "--json"]).await.ok()?.stdout.trim()).ok()?;
+        (status["running"] == true && status["enabled"] == true && status["pid"].is_u64()).then_some(())
+    })
+    .await?;
+
+    stage.enrol(System::Linux, "technician", &["--all-agents"]).await?;
+    stage.list(System::Linux).await?;
+    let (forward, local) = stage.forward(System::Linux, echo, "relay", "relay").await?;
+    transfer(local, "Linux technician, relay, service under wine").await?;
+    let uninstalled = service(&["uninstall", "--purge"]).await?;
+    ensure!(uninstalled.code == 0, "{uninstalled:?}");
+    let reason = forward.event(PATIENCE, "closed", 0, |event| Some(event["reason"].clone())).await?;
+    println!("Wine: the service is gone, and the technician heard: {reason}");
+    ensure!(reason.as_str().is_some_and(|reason| reason.contains("stopped")), "{reason}");
+    let status = service(&["status", "--json"]).await?;
+    ensure!(status.code == 1 && status.stdout.contains("\"installed\":false"), "{status:?}");
+    ensure!(!data.exists(), "its state is left");
     drop(server);
     Ok(())
 }
