@@ -221,6 +221,7 @@ mod tests {
             "adit forward pc -L 127.0.0.1:0:127.0.0.1:3389 -L 5353:10.0.0.53:53/udp --data D --via relay --json",
             "adit stdio pc 127.0.0.1:22 --data D --via direct",
             "adit status --data D --json",
+            "adit service status --data D",
             "adit service install --dry-run",
             "adit service --data D uninstall --purge",
             "adit service status --json",
