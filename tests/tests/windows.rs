@@ -6,7 +6,7 @@
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
-use std::process::{Command, ExitCode};
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use adit_tests::process::{Process, fail_on_logged_errors, print_outputs};
@@ -49,6 +49,10 @@ fn main() -> ExitCode {
     ];
     let Some(exe) = std::env::var_os(EXE).map(PathBuf::from) else {
         return libtest_mimic::run(&arguments, Vec::new()).exit_code();
+    };
+    let Ok(_user) = User::start() else {
+        eprintln!("{WINE} is not set to the path of Wine");
+        return ExitCode::FAILURE;
     };
     let trials = tests.map(|(name, test)| {
         let exe = exe.clone();
@@ -154,6 +158,27 @@ async fn wine_service(stage: &Stage) -> anyhow::Result<()> {
     ensure!(!data.exists(), "its state is left");
     drop(server);
     Ok(())
+}
+
+/// A process under Wine that waits for input. Wine ends everything, its services above all, soon after the last
+/// process that is no service.
+struct User(Child);
+
+impl User {
+    fn start() -> anyhow::Result<Self> {
+        let mut command = Command::new(std::env::var_os(WINE).context("not set")?);
+        command.arg("cmd.exe").env("WINEDEBUG", "-all");
+        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        Ok(Self(command.spawn()?))
+    }
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        // Both fail only when it has ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// Where a program runs.
@@ -324,7 +349,7 @@ impl Stage {
         Noise::new(3).send(&mut noise, STDIO_BYTES).await?;
         let arguments = ["stdio", "agent", &target.to_string(), "--via", "relay"];
         let mut command = tokio::process::Command::from(self.adit(system, &arguments, "technician")?);
-        let pipe = std::process::Stdio::piped;
+        let pipe = Stdio::piped;
         let mut child = command.stdin(pipe()).stdout(pipe()).stderr(pipe()).kill_on_drop(true).spawn()?;
         let mut stdin = child.stdin.take().context("piped")?;
         let feeding = tokio::spawn(async move { stdin.write_all(&noise).await });
