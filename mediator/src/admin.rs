@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io;
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -96,8 +97,8 @@ impl From<Reached> for Found {
 /// A mediator that runs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct About {
-    /// Process id.
-    pub pid: u32,
+    /// What its process listens on: `tcp` or `udp`, and the address. Only the process itself may always look.
+    pub listening: Vec<(String, SocketAddr)>,
     /// `HOST:PORT` by which its mediator, its relays and its STUN servers are reached.
     pub https: Vec<String>,
     /// See `https`.
@@ -238,7 +239,8 @@ async fn answer(
         },
         Request::About => {
             let Addresses { https, relay, stun } = broker.addresses();
-            Answer::About(About { pid: std::process::id(), https, relay, stun })
+            let listening = crate::doctor::own_sockets();
+            Answer::About(About { listening, https, relay, stun })
         }
         Request::Presence => {
             let present = |channel: crate::presence::Channel| Present {

@@ -24,7 +24,8 @@ pub struct Record<'a> {
     /// Seconds since 1970-01-01 UTC.
     pub time: u64,
     /// Of sessions: `grant`, `refused`, `opened`, `moved`, `restored`, `closed`; of devices: `enrolled`, `replaced`,
-    /// `renamed`, `tagged`, `revoked`, `cloned`; of what may be: `allowed`, `denied`.
+    /// `renamed`, `tagged`, `revoked`, `cloned`; of what may be: `allowed`, `denied`; of the
+    /// organisation: `backed up`, `restored backup`.
     pub event: &'a str,
     /// Session id.
     #[serde(skip_serializing_if = "Option::is_none")]

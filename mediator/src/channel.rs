@@ -57,7 +57,7 @@ where
     let device = match admit(&peer, &broker) {
         Ok(device) => device,
         Err(message) => {
-            info!(device = %peer.device_id, %from, message, "channel refused");
+            info!(device = %peer.device_id, message, "channel refused");
             let _ = outgoing.send(refused(message)).await;
             return;
         }

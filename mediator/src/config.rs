@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use adit_client::identity::store::{self, Access};
+use adit_relay::door::Crowd;
 use serde::Deserialize;
 
 use crate::error::Error;
@@ -29,6 +30,9 @@ pub struct Config {
     /// The redirector.
     #[serde(default)]
     pub redirector: Redirector,
+    /// Section `[limits]`: the doors of `https` and of the embedded relay.
+    #[serde(default)]
+    pub limits: Crowd,
 }
 
 /// Section `[listen]`.
@@ -119,6 +123,7 @@ pub fn template(hosts: &[String]) -> String {
     let Listen { udp, relay, https, diagnostics } = Listen::default();
     let P2p { ports, many_socket_probing } = P2p::default();
     let redirector = Redirector::default().ports;
+    let Crowd { unauthenticated, per_source, .. } = Crowd::default();
     format!(
         r#"# Settings of this mediator, each with its default. A change takes effect at the next start.
 
@@ -153,23 +158,47 @@ many_socket_probing = {many_socket_probing}
 [redirector]
 # TCP ports of the redirector, one for each granted session, FIRST-LAST.
 ports = "{redirector}"
+
+[limits]
+# Connections that have not shown who they are; and the same of one source (an IPv6 source is a /64).
+unauthenticated = {unauthenticated}
+per_source = {per_source}
+# Addresses without penalties and with no limit of their own: of a proxy behind which everybody comes.
+exempt = []
 "#
     )
 }
 
-/// Writes other hosts into the file in `dir`; everything else in it stays as it is, comments too.
+/// Writes other hosts into the file in `dir`, and leaves all else as it is.
 ///
 /// # Errors
-/// [`Error::Config`], or what the system said.
-pub fn write_hosts(dir: &Path, hosts: &[String]) -> Result<(), Error> {
+/// [`Error::Config`].
+pub fn set_hosts(dir: &Path, hosts: &[String]) -> Result<(), Error> {
     let path = dir.join(FILE);
     let bad = |why: String| Error::Config { path: path.clone(), why };
     let text = std::fs::read_to_string(&path).map_err(|error| bad(error.to_string()))?;
-    let mut document: toml_edit::DocumentMut =
-        text.parse().map_err(|error: toml_edit::TomlError| bad(error.to_string()))?;
-    document["hosts"] = toml_edit::value(hosts.iter().collect::<toml_edit::Array>());
-    store::write(dir, FILE, document.to_string().as_bytes(), Access::Public)?;
+    let text = with_hosts(&text, hosts).map_err(bad)?;
+    store::write(dir, FILE, text.as_bytes(), Access::Public)?;
     Ok(())
+}
+
+/// Writes other hosts into the text of a configuration file, and leaves all else as it is, comments too.
+///
+/// # Errors
+/// What is wrong with the text.
+fn with_hosts(text: &str, hosts: &[String]) -> Result<String, String> {
+    let mut document: toml_edit::DocumentMut =
+        text.parse().map_err(|error: toml_edit::TomlError| error.to_string())?;
+    let array: toml_edit::Array = hosts.iter().map(String::as_str).collect();
+    match document.get_mut("hosts").and_then(toml_edit::Item::as_value_mut) {
+        Some(value) => {
+            let decor = value.decor().clone();
+            *value = array.into();
+            *value.decor_mut() = decor;
+        }
+        None => return Err("there is no list of hosts".into()),
+    }
+    Ok(document.to_string())
 }
 
 /// Reads the hosts of `--host NAME_OR_IP[,…]`.
@@ -237,6 +266,7 @@ mod tests {
     fn the_template_reads_back_as_the_defaults() {
         let config: Config = toml::from_str(&template(&["a.example".into(), "::1".into()])).expect("reads");
         assert_eq!(format!("{:?}", config.listen), format!("{:?}", Listen::default()));
+        assert_eq!(config.limits, Crowd::default());
         assert_eq!(format!("{:?}", config.p2p), format!("{:?}", P2p::default()));
         assert_eq!(config.reached_at(config.listen.https), ["a.example:443", "[::1]:443"]);
         assert!(config.check(Path::new("x")).is_ok());
@@ -247,10 +277,15 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let before = template(&["a.example".into()]);
         std::fs::write(dir.path().join(FILE), &before).expect("writes");
-        write_hosts(dir.path(), &["b.example".into(), "192.0.2.1".into()]).expect("writes");
+        set_hosts(dir.path(), &["b.example".into(), "192.0.2.1".into()]).expect("writes");
         let after = std::fs::read_to_string(dir.path().join(FILE)).expect("reads");
         assert_eq!(after, before.replace("[\"a.example\"]", "[\"b.example\", \"192.0.2.1\"]"));
         assert_eq!(Config::load(dir.path()).expect("loads").hosts, ["b.example", "192.0.2.1"]);
+        let before = template(&["a.example".into()]).replace("]\n\n#", "] # ours\n\n#");
+        let after = with_hosts(&before, &["b.example".into(), "::1".into()]).expect("writes");
+        assert!(before.contains("# ours"));
+        assert_eq!(after, before.replace(r#"["a.example"]"#, r#"["b.example", "::1"]"#));
+        assert!(with_hosts("x = 1", &["b".into()]).is_err() && with_hosts("hosts = [", &[]).is_err());
     }
 
     #[test]

@@ -104,7 +104,8 @@ pub async fn examine(dir: &Path, agent: Option<&str>) -> Result<Vec<Finding>, Er
 async fn state(dir: &Path, operator: &Operator) -> Vec<Finding> {
     let mut findings = Vec::new();
     findings.push(match operator.store.check().await {
-        Ok(()) => Finding::fine("the database is whole"),
+        Ok(None) => Finding::fine("the database is whole"),
+        Ok(Some(wrong)) => Finding::fault(format!("the database: {wrong}"), "restore the last backup"),
         Err(error) => Finding::fault(format!("the database: {error}"), "restore the last backup"),
     });
     let free = rustix::fs::statvfs(dir).map(|disk| disk.f_bavail * disk.f_frsize);
@@ -198,19 +199,18 @@ async fn hosts(config: &Config) -> Vec<Finding> {
 }
 
 /// What the mediator's process listens on, and nothing else.
-#[cfg(target_os = "linux")]
 fn listeners(about: &About, config: &Config) -> Vec<Finding> {
     let listen = &config.listen;
     let expected =
         [("tcp", listen.https), ("tcp", listen.relay), ("tcp", listen.diagnostics), ("udp", listen.udp)];
-    let found = match sockets(about.pid) {
-        Ok(found) => found,
-        Err(error) => {
-            let text = format!("what process {} listens on cannot be seen: {error}", about.pid);
-            return vec![Finding::note(text, "run this as root, or as the mediator's user")];
-        }
-    };
-    let known = |(protocol, address): &(&str, SocketAddr)| {
+    let found = &about.listening;
+    if found.is_empty() {
+        return vec![Finding::note(
+            "what the mediator listens on cannot be seen",
+            "look with ss -lntup; /proc must be there for the mediator",
+        )];
+    }
+    let known = |(protocol, address): &&(String, SocketAddr)| {
         expected.iter().any(|(p, e)| p == protocol && (e.port() == address.port() || e.port() == 0))
     };
     let mut findings: Vec<Finding> = found
@@ -239,31 +239,36 @@ fn listeners(about: &About, config: &Config) -> Vec<Finding> {
     findings
 }
 
-#[cfg(not(target_os = "linux"))]
-fn listeners(_: &About, _: &Config) -> Vec<Finding> {
-    vec![]
-}
-
-/// The listening sockets of a process.
+/// What this process listens on; empty where that cannot be seen.
 #[cfg(target_os = "linux")]
-fn sockets(pid: u32) -> Result<Vec<(&'static str, SocketAddr)>, procfs::ProcError> {
+pub fn own_sockets() -> Vec<(String, SocketAddr)> {
     use procfs::net::TcpState;
     use procfs::process::{FDTarget, Process};
-    let process = Process::new(pid as i32)?;
-    let inodes: BTreeSet<u64> = process
-        .fd()?
-        .filter_map(|fd| match fd.ok()?.target {
-            FDTarget::Socket(inode) => Some(inode),
-            _ => None,
-        })
-        .collect();
-    let tcp = process.tcp()?.into_iter().chain(process.tcp6().unwrap_or_default());
-    let udp = process.udp()?.into_iter().chain(process.udp6().unwrap_or_default());
-    let tcp = tcp
-        .filter(|socket| socket.state == TcpState::Listen && inodes.contains(&socket.inode))
-        .map(|socket| ("tcp", socket.local_address));
-    let udp = udp.filter(|socket| inodes.contains(&socket.inode)).map(|socket| ("udp", socket.local_address));
-    Ok(tcp.chain(udp).collect())
+    let look = || {
+        let process = Process::myself()?;
+        let mut inodes = BTreeSet::new();
+        for fd in process.fd()? {
+            if let FDTarget::Socket(inode) = fd?.target {
+                inodes.insert(inode);
+            }
+        }
+        let tcp = process.tcp()?.into_iter().chain(process.tcp6().unwrap_or_default());
+        let udp = process.udp()?.into_iter().chain(process.udp6().unwrap_or_default());
+        let tcp = tcp
+            .filter(|socket| socket.state == TcpState::Listen && inodes.contains(&socket.inode))
+            .map(|socket| ("tcp".to_owned(), socket.local_address));
+        let udp = udp
+            .filter(|socket| inodes.contains(&socket.inode))
+            .map(|socket| ("udp".to_owned(), socket.local_address));
+        Ok::<_, procfs::ProcError>(tcp.chain(udp).collect())
+    };
+    look().unwrap_or_default()
+}
+
+/// The same where there is no /proc.
+#[cfg(not(target_os = "linux"))]
+pub fn own_sockets() -> Vec<(String, SocketAddr)> {
+    vec![]
 }
 
 fn reached(from: &str, found: &Found) -> Finding {

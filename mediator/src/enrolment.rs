@@ -4,12 +4,12 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use adit_client::enrol::{read_message, write_message};
+use adit_client::enrol::write_message;
 use adit_client::identity::certificate::{MAX_TAGS, Subject, is_name, is_tag, request_key};
 use adit_protocol::Role;
 use adit_protocol::enrol::{Granted, Outcome, Refused, Request, Response};
 use aws_lc_rs::digest::{SHA256, digest};
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tracing::{info, warn};
 
 use crate::audit::Record;
@@ -31,34 +31,42 @@ pub struct Enroller {
 pub enum Verdict {
     /// A device was enrolled, or would have been if the mediator could.
     Enrolled,
-    /// A wrong token, or a name that is taken.
+    /// A name that is taken, or a token that is used up: whoever shows one has had it from the operator.
     Refused,
+    /// A token that does not exist.
+    WrongToken,
 }
 
 /// Why a device was not enrolled.
 enum Failed {
     /// For good, with this token or these wishes.
     Refused(String),
+    /// There is no such token.
+    WrongToken(String),
     /// This time: the token is as good as before.
     Unavailable(String),
 }
 
 impl Enroller {
-    /// Serves one connection. The caller sets the deadline.
+    /// Answers one request. The caller sets the deadline.
     ///
     /// # Errors
     /// The stream's.
-    pub async fn serve<S: AsyncRead + AsyncWrite + Unpin>(
+    pub async fn serve<S: AsyncWrite + Unpin>(
         &self,
         stream: &mut S,
+        request: &Request,
         from: SocketAddr,
     ) -> io::Result<Verdict> {
-        let request: Request = read_message(stream).await?;
-        let (outcome, verdict) = match self.enrol(&request, from).await {
+        let (outcome, verdict) = match self.enrol(request, from).await {
             Ok(granted) => (Outcome::Granted(granted), Verdict::Enrolled),
             Err(Failed::Refused(message)) => {
-                info!(%from, message, "enrolment refused");
+                info!(message, "enrolment refused");
                 (Outcome::Refused(Refused { message, unavailable: false }), Verdict::Refused)
+            }
+            // Its line in the log is the door's, which counts them.
+            Err(Failed::WrongToken(message)) => {
+                (Outcome::Refused(Refused { message, unavailable: false }), Verdict::WrongToken)
             }
             Err(Failed::Unavailable(message)) => {
                 (Outcome::Refused(Refused { message, unavailable: true }), Verdict::Enrolled)
@@ -108,12 +116,13 @@ impl Enroller {
                 warn!(%cause, "the database failed");
                 Failed::Unavailable(error.to_string())
             }
+            EnrolError::UnknownToken => Failed::WrongToken(error.to_string()),
             EnrolError::NotSigned => Failed::Unavailable(error.to_string()),
             _ => Failed::Refused(error.to_string()),
         })?;
         let device = enrolled.device;
         if !enrolled.again {
-            info!(device = %device.id, role = %device.role, name = device.name, %from, "enrolled");
+            info!(device = %device.id, role = %device.role, name = device.name, "enrolled");
             broker.directory.add(device.clone());
             self.write_down("enrolled", &device, from).await;
         }
@@ -152,6 +161,10 @@ impl Enroller {
 }
 
 /// What is kept of a token's secret. It has 128 random bits: a plain hash is enough.
+///
+/// Tokens are looked up by this hash, in an index whose comparisons take as long as the bytes agree. That
+/// tells a guesser nothing: to make a hash that begins like a stored one he has to try secrets until one
+/// fits, and what he learns of the hash says nothing of the secret behind it.
 pub fn secret_hash(secret: &[u8]) -> [u8; 32] {
     digest(&SHA256, secret).as_ref().try_into().expect("SHA-256 has 32 bytes")
 }

@@ -25,6 +25,12 @@ pub enum Error {
     /// `init` was cut off.
     #[error("init did not finish in {}", .0.display())]
     HalfMade(PathBuf),
+    /// `restore` was cut off.
+    #[error("restore did not finish in {}", .0.display())]
+    HalfRestored(PathBuf),
+    /// A backup cannot be written or read.
+    #[error(transparent)]
+    Backup(#[from] crate::backup::BackupError),
     /// A host that is no name and no address.
     #[error("{0:?} is not a host name or IP address")]
     Host(String),
@@ -165,6 +171,7 @@ impl Failure for Error {
             | Self::NotTaken(_)
             | Self::Faults(_) => Exit::Failed,
             Self::Admin(_) => Exit::TimedOut,
+            Self::Backup(error) => error.exit(),
             _ => Exit::Usage,
         }
     }
@@ -179,6 +186,8 @@ impl Failure for Error {
                 "name it as devices reach it: adit-mediator install --host adit.example.org".into()
             }
             Self::HalfMade(_) => "run the same adit-mediator init again".into(),
+            Self::HalfRestored(_) => "run the same adit-mediator restore again".into(),
+            Self::Backup(error) => return error.remedy(),
             Self::Host(_) => "for example --host adit.example.org,203.0.113.7".into(),
             Self::Tag(_) => {
                 "for example --tag site=berlin (A-Z a-z 0-9 . _ -, and : / @ + in the value)".into()

@@ -30,9 +30,9 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::organisation::unix_now;
 
-const ROOT_KEY: &str = "web-root-key.pem";
-const ROOT: &str = "web-root.pem";
-const KEY: &str = "https-key.pem";
+pub(crate) const ROOT_KEY: &str = "web-root-key.pem";
+pub(crate) const ROOT: &str = "web-root.pem";
+pub(crate) const KEY: &str = "https-key.pem";
 /// Name of the file in the directory.
 pub const CERTIFICATE: &str = "https.pem";
 const DAY: u64 = 24 * 60 * 60;

@@ -7,6 +7,7 @@
 //! | [`organisation`], [`config`] | the directory that `init` makes |
 //! | [`operator`], [`admin`] | the operator's commands, and how they tell a mediator that runs |
 //! | [`doctor`] | the connection test |
+//! | [`backup`] | everything in one encrypted file, and back |
 //! | [`token`], [`enrolment`] | how devices get their identity |
 //! | [`store`], [`directory`] | what must last, and who is enrolled and may do what |
 //! | [`server`] | what listens where |
@@ -19,6 +20,7 @@
 
 pub mod admin;
 pub mod audit;
+pub mod backup;
 pub mod broker;
 pub mod browsers;
 pub mod channel;

@@ -77,6 +77,16 @@ impl Operator {
         self.audit.write(&record).await.map_err(|_| Error::NotWritten(self.dir.join(AUDIT)))
     }
 
+    /// Writes down something that is about the organisation as a whole.
+    ///
+    /// # Errors
+    /// [`Error::NotWritten`]: then it is not done.
+    pub async fn write_down_deed(&self, event: &str, detail: &str) -> Result<(), Error> {
+        let by = format!("operator, uid {}", rustix::process::getuid().as_raw());
+        let record = Record { by: &by, reason: detail, ..Record::new(event, unix_now()) };
+        self.audit.write(&record).await.map_err(|_| Error::NotWritten(self.dir.join(AUDIT)))
+    }
+
     /// Lets the change take effect on a mediator that runs; `None`: none does, and it counts from its start on.
     ///
     /// # Errors

@@ -34,13 +34,15 @@ pub const AUDIT: &str = "audit.jsonl";
 
 /// Name of the enrolment key's file in the directory.
 pub const ROOT_KEY: &str = "root-key.pem";
-const ROOT: &str = "root.pem";
-const SERVER_KEY: &str = "server-key.pem";
-const SERVER: &str = "server.pem";
-const TICKET_KEY: &str = "ticket-key.pem";
-const RELAY_ID: &str = "relay-id";
+pub(crate) const ROOT: &str = "root.pem";
+pub(crate) const SERVER_KEY: &str = "server-key.pem";
+pub(crate) const SERVER: &str = "server.pem";
+pub(crate) const TICKET_KEY: &str = "ticket-key.pem";
+pub(crate) const RELAY_ID: &str = "relay-id";
 /// Stands there while `init` is at work.
 const UNFINISHED: &str = ".init";
+/// Directory that stands there while `restore` is at work.
+pub(crate) const RESTORING: &str = ".restore";
 
 /// Everything in the directory but the database.
 pub struct Organisation {
@@ -92,6 +94,9 @@ impl Organisation {
     pub fn load(dir: &Path) -> Result<Self, Error> {
         if dir.join(UNFINISHED).exists() {
             return Err(Error::HalfMade(dir.to_owned()));
+        }
+        if dir.join(RESTORING).exists() {
+            return Err(Error::HalfRestored(dir.to_owned()));
         }
         if !Self::is_in(dir) {
             return Err(Error::NoOrganisation(dir.to_owned()));
@@ -152,15 +157,25 @@ impl Organisation {
         if unix_now() + DEVICE_VALIDITY / 4 < not_after {
             return Ok(());
         }
-        let Some(authority) = self.authority()? else {
+        if self.sign_server_anew()? {
+            info!("the server's certificate was renewed");
+        } else {
             warn!(not_after, "the server's certificate ends soon: put root-key.pem back and start again");
-            return Ok(());
-        };
+        }
+        Ok(())
+    }
+
+    /// Makes the server's certificate anew, with the hosts as they are now. Says whether it did: that takes the
+    /// enrolment key.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub(crate) fn sign_server_anew(&mut self) -> Result<bool, Error> {
+        let Some(authority) = self.authority()? else { return Ok(false) };
         let identity = &mut self.identity;
         identity.certificate = sign_server(&authority, &identity.key, identity.device_id, &identity.hosts)?;
         store::write(&self.dir, SERVER, certificate_pem(&identity.certificate).as_bytes(), Access::Public)?;
-        info!("the server's certificate was renewed");
-        Ok(())
+        Ok(true)
     }
 }
 

@@ -7,21 +7,27 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use adit_client::dial::tune;
+use adit_client::enrol::read_message;
 use adit_client::identity::Peer;
 use adit_client::service;
 use adit_client::tls;
+use adit_protocol::enrol::Request;
 use adit_protocol::{ALPN_CONTROL, ALPN_ENROL, DeviceId};
+use adit_relay::Visit;
 use adit_relay::diagnostics::{self, Readiness};
+use adit_relay::door::{Crowd, Door};
 use adit_relay::listen::{self, ListenError, Setting};
+use adit_relay::penalty::Offence;
 use prometheus_client::registry::Registry;
 use rustls::ServerConfig;
 use rustls::server::Acceptor;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::LazyConfigAcceptor;
+use tokio_rustls::server::TlsStream;
 use tracing::{debug, error, info};
 
 use crate::admin;
@@ -30,7 +36,7 @@ use crate::broker::Broker;
 use crate::browsers::{self, ALPN_HTTP};
 use crate::channel::{self, Greeting};
 use crate::config::{self, Config, Listen};
-use crate::enrolment::Enroller;
+use crate::enrolment::{Enroller, Verdict};
 use crate::error::Error;
 use crate::https::{Certificates, Files};
 use crate::metrics;
@@ -39,17 +45,14 @@ use crate::relays::Relay;
 use crate::store::Store;
 use crate::stun;
 
-/// Connections that have not shown a certificate or token yet.
-const MAX_UNAUTHENTICATED: usize = 512;
-/// From accepting a connection to its certificate, or to its enrolment's end.
+/// From accepting a connection to its certificate or its whole request to enrol; and, for the mediator's own
+/// part, from that to the answer.
 const AUTHENTICATE: Duration = Duration::from_secs(5);
 /// For a refused device to read the alert and hang up.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 16 * 1024;
 /// Control channels at once.
 const MAX_CHANNELS: usize = 20_000;
-/// How long the listener rests when the system has no descriptor or memory for a connection.
-const REST: Duration = Duration::from_millis(100);
 
 /// Everything that a mediator listens on.
 #[derive(Debug)]
@@ -68,12 +71,12 @@ impl Sockets {
     pub fn bind(dir: &Path, config: &Listen, with_relay: bool) -> Result<Self, ListenError> {
         let file = dir.join(config::FILE);
         let setting = |key| Setting { key, file: &file };
-        let relay = with_relay.then(|| listen::tcp(setting("[listen] relay"), config.relay)).transpose()?;
+        let tcp = |key, address| listen::tcp(setting(key), address);
         Ok(Self {
-            https: listen::tcp(setting("[listen] https"), config.https)?,
+            https: tcp("[listen] https", config.https)?,
             udp: listen::udp(setting("[listen] udp"), config.udp)?,
-            diagnostics: listen::tcp(setting("[listen] diagnostics"), config.diagnostics)?,
-            relay,
+            diagnostics: tcp("[listen] diagnostics", config.diagnostics)?,
+            relay: with_relay.then(|| tcp("[listen] relay", config.relay)).transpose()?,
         })
     }
 }
@@ -109,6 +112,7 @@ struct Doors {
     enrol: Arc<ServerConfig>,
     broker: Arc<Broker>,
     enroller: Enroller,
+    door: Door,
     channels: Arc<Semaphore>,
 }
 
@@ -135,7 +139,11 @@ impl Mediator {
         let mut registry = Registry::default();
         metrics::register(&mut registry, broker.clone());
         let relay = if let Some(listener) = sockets.relay {
-            let relay = adit_relay::Relay::new(adit_relay::Config::new(*relay_id));
+            let Crowd { unauthenticated, per_source, exempt } = config.limits.clone();
+            let limits =
+                adit_relay::Limits { unauthenticated, per_source, exempt, ..adit_relay::Limits::default() };
+            let relay =
+                adit_relay::Relay::new(adit_relay::Config { limits, ..adit_relay::Config::new(*relay_id) });
             relay.set_ticket_key(ticket_key.public_key());
             relay.register(&mut registry);
             broker.embed(relay.clone());
@@ -160,8 +168,10 @@ impl Mediator {
             enrol: Arc::new(tls::enrol_server(identity)?),
             broker: broker.clone(),
             enroller: Enroller { broker: broker.clone() },
+            door: Door::new(&config.limits),
             channels: Arc::new(Semaphore::new(MAX_CHANNELS)),
         });
+        doors.door.register(registry.sub_registry_with_prefix("adit_mediator"));
         info!(
             https = %config.listen.https,
             udp = %config.listen.udp,
@@ -265,50 +275,61 @@ impl Settings {
 }
 
 async fn accept_all(listener: TcpListener, doors: Arc<Doors>) -> std::io::Result<()> {
-    let unauthenticated = Arc::new(Semaphore::new(MAX_UNAUTHENTICATED));
     // Dropped with this future: every connection ends with the listener.
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok((stream, from)) => {
-                    tune(&stream);
-                    if let Ok(permit) = unauthenticated.clone().try_acquire_owned() {
-                        connections.spawn(doors.clone().enter(stream, from, permit));
-                    }
-                }
-                Err(error) => {
-                    debug!(%error, "accept failed");
-                    tokio::time::sleep(REST).await;
-                }
-            },
+            (stream, from, visit) = doors.door.accept(&listener) => {
+                tune(&stream);
+                connections.spawn(doors.clone().enter(stream, from, visit));
+            }
             Some(_) = connections.join_next() => {}
         }
     }
 }
 
+/// What a connection showed in time.
+enum Shown {
+    /// A certificate of our organisation.
+    Device(Box<TlsStream<TcpStream>>, Peer),
+    /// The wish to enrol, with a token.
+    Request(Box<TlsStream<TcpStream>>, Request),
+    /// That it wants nothing that is here.
+    Nothing,
+}
+
 impl Doors {
-    async fn enter(self: Arc<Self>, stream: TcpStream, from: SocketAddr, permit: OwnedSemaphorePermit) {
-        let from = SocketAddr::new(from.ip().to_canonical(), from.port());
-        match timeout(AUTHENTICATE, self.authenticate(stream, from)).await {
-            Ok(Ok(Some((stream, peer)))) => {
-                drop(permit);
+    async fn enter(self: Arc<Self>, stream: TcpStream, from: SocketAddr, mut visit: Visit) {
+        let shown = tokio::select! {
+            shown = timeout(AUTHENTICATE, self.authenticate(stream)) => shown,
+            () = visit.driven_out() => return debug!("connection closed: too many have not shown who they are"),
+        };
+        match shown {
+            Ok(Ok(Shown::Device(stream, peer))) => {
+                drop(visit);
                 if let Ok(_place) = self.channels.clone().try_acquire_owned() {
-                    channel::serve(stream, peer, from, self.broker.clone()).await;
+                    channel::serve(*stream, peer, from, self.broker.clone()).await;
                 }
             }
-            Ok(Ok(None)) => {}
-            Ok(Err(error)) => debug!(%error, "connection refused"),
-            Err(_) => debug!("connection too slow"),
+            Ok(Ok(Shown::Request(mut stream, request))) => {
+                // It has done its part: what is slow now is this server or the way back, and no offence.
+                match timeout(AUTHENTICATE, self.enroller.serve(&mut stream, &request, from)).await {
+                    Ok(Ok(Verdict::WrongToken)) => self.door.offended(from.ip(), Offence::WrongToken),
+                    Ok(Ok(Verdict::Enrolled | Verdict::Refused)) => {}
+                    Ok(Err(error)) => debug!(%error, "enrolment lost"),
+                    Err(_) => debug!("enrolment too slow"),
+                }
+            }
+            Ok(Ok(Shown::Nothing)) => self.door.offended(from.ip(), Offence::Left),
+            Ok(Err(error)) => {
+                debug!(%error, "connection refused");
+                self.door.offended(from.ip(), offence(&error));
+            }
+            Err(_) => self.door.offended(from.ip(), Offence::Silent),
         }
     }
 
-    /// A device that has shown its certificate; `None` when there is nothing more to do.
-    async fn authenticate(
-        &self,
-        stream: TcpStream,
-        from: SocketAddr,
-    ) -> std::io::Result<Option<(tokio_rustls::server::TlsStream<TcpStream>, Peer)>> {
+    async fn authenticate(&self, stream: TcpStream) -> std::io::Result<Shown> {
         let hello = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
         let offers = |wanted: &[u8]| {
             hello.client_hello().alpn().is_some_and(|mut offered| offered.any(|alpn| alpn == wanted))
@@ -323,15 +344,33 @@ impl Doors {
             };
             let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
             let peer = certificate.and_then(|der| Peer::from_certificate(der).ok());
-            return Ok(peer.map(|peer| (stream, peer)));
+            return Ok(peer.map_or(Shown::Nothing, |peer| Shown::Device(Box::new(stream), peer)));
         }
         if offers(ALPN_ENROL) {
             let mut stream = hello.into_stream(self.enrol.clone()).await?;
-            self.enroller.serve(&mut stream, from).await?;
-        } else if offers(ALPN_HTTP) || hello.client_hello().alpn().is_none() {
-            browsers::serve(hello, self.browsers.clone()).await?;
+            let request = read_message(&mut stream).await?;
+            return Ok(Shown::Request(Box::new(stream), request));
         }
-        Ok(None)
+        if offers(ALPN_HTTP) || hello.client_hello().alpn().is_none() {
+            browsers::serve(hello, self.browsers.clone()).await?;
+            return Ok(Shown::Nothing);
+        }
+        Ok(Shown::Nothing)
+    }
+}
+
+/// What somebody did whose connection ended before it had shown anything valid.
+fn offence(error: &std::io::Error) -> Offence {
+    let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    match tls {
+        Some(rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented) => {
+            Offence::BadCertificate
+        }
+        // It does not trust us: a device of another organisation, or a browser.
+        Some(rustls::Error::AlertReceived(_)) => Offence::Left,
+        Some(_) => Offence::Garbage,
+        None if error.kind() == std::io::ErrorKind::InvalidData => Offence::Garbage,
+        None => Offence::Left,
     }
 }
 

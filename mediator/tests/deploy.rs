@@ -97,6 +97,22 @@ fn the_compose_file_starts_what_the_programs_understand() {
     assert_eq!(count, 2);
 }
 
+/// Of the README, the lines of code that start one of the servers' programs.
+#[test]
+fn the_readme_says_what_the_programs_understand() {
+    let text = read("../README.md");
+    let mut count = 0;
+    for line in text.lines() {
+        let line = line.strip_prefix("sudo ").unwrap_or(line);
+        if line.starts_with("adit-mediator ") || line.starts_with("adit-relay ") {
+            let typed = line.split(['#', '<']).next().unwrap_or_default();
+            understands(&typed.split_whitespace().collect::<Vec<_>>());
+            count += 1;
+        }
+    }
+    assert!(count > 5, "{count} command lines");
+}
+
 #[test]
 fn the_image_has_the_programs_that_this_workspace_makes() {
     let text = read("Containerfile");

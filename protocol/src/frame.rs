@@ -21,6 +21,8 @@ pub const MAX_BODY: usize = 72 * 1024;
 pub const MAX_PAYLOAD: usize = 1 << 20;
 /// Largest UDP payload of a flow (RFC 768: 65,535 less the headers).
 pub const MAX_DATAGRAM: usize = 65_507;
+/// Longest reason of a [`Frame::Goodbye`], in bytes.
+pub const MAX_REASON: usize = 256;
 /// Most streams that a [`Hello`] may list.
 pub const MAX_POSITIONS: usize = 1024;
 
@@ -92,7 +94,7 @@ pub enum Frame {
     Message(Bytes),
     /// The session ends.
     Goodbye {
-        /// One line for people, at most 256 bytes.
+        /// One line for people, at most [`MAX_REASON`] bytes.
         reason: String,
     },
 }
@@ -247,8 +249,10 @@ impl Frame {
             }
             t if t == Tag::Message as u8 => return Ok(Some(Frame::Message(body))),
             t if t == Tag::Goodbye as u8 => {
-                let text = String::from_utf8_lossy(&body[..body.len().min(256)]);
-                let reason = text.chars().filter(|c| !c.is_control()).collect();
+                let text = String::from_utf8_lossy(&body[..body.len().min(MAX_REASON)]);
+                let mut reason: String = text.chars().filter(|c| !c.is_control()).collect();
+                // What stands for a byte that is no text is longer than that byte.
+                reason.truncate(reason.floor_char_boundary(MAX_REASON));
                 return Ok(Some(Frame::Goodbye { reason }));
             }
             _ => return Ok(None),
@@ -490,6 +494,14 @@ mod tests {
     fn unknown_frames_are_skipped() {
         let items = decode_all(&mut Decoder::default(), b"\x3f\x02xx\x07\x01\x05", 64);
         assert_eq!(items, [Item::Frame(Frame::Pong(5))]);
+    }
+
+    #[test]
+    fn a_reason_keeps_to_its_limit_whatever_it_is() {
+        let bytes = [&[Tag::Goodbye as u8, 0x41, 0x2c][..], &[0xff; 300]].concat();
+        let items = decode_all(&mut Decoder::default(), &bytes, 1000);
+        let [Item::Frame(Frame::Goodbye { reason })] = &items[..] else { panic!("{items:?}") };
+        assert!((200..=MAX_REASON).contains(&reason.len()), "{} bytes", reason.len());
     }
 
     #[test]

@@ -74,7 +74,7 @@ impl ConfigFile {
 pub fn template(hosts: &[String]) -> String {
     let hosts: Vec<String> = hosts.iter().map(|host| format!("{host:?}")).collect();
     let (listen, limits) = (Listen::default(), Limits::default());
-    let (relay, Limits { unauthenticated, waiting, pairs, spent }) = (listen.relay, limits);
+    let (relay, Limits { unauthenticated, per_source, waiting, pairs, spent, .. }) = (listen.relay, limits);
     format!(
         r#"# An adit relay. Settings with a # in front have that value by default.
 
@@ -95,8 +95,12 @@ hosts = [{}]
 # diagnostics = "127.0.0.1:9465"
 
 [limits]
-# Connections that have not shown a ticket yet.
+# Connections that have not shown a ticket yet; and the same of one source (an IPv6 source is a /64).
 # unauthenticated = {unauthenticated}
+# per_source = {per_source}
+
+# Addresses without penalties and with no limit of their own: of a proxy behind which everybody comes.
+# exempt = []
 
 # Legs that wait for their other leg (10 s at most).
 # waiting = {waiting}

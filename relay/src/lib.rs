@@ -4,6 +4,8 @@
 //! | module | what it does |
 //! | --- | --- |
 //! | [`server`] | a connection's life: preamble, ticket, other leg, forwarding |
+//! | [`door`] | who may come in at all, and the log's one line about who may not; for the mediator too |
+//! | [`penalty`] | which sources are closed at once, and for how long |
 //! | `gate` | the bounded number of connections without a ticket so far |
 //! | `pairing` | which leg waits for which; which tickets are spent |
 //! | `forward` | the two directions of a pair |
@@ -15,6 +17,7 @@
 pub mod cli;
 pub mod config;
 pub mod diagnostics;
+pub mod door;
 mod forward;
 mod gate;
 #[cfg(target_os = "linux")]
@@ -26,6 +29,7 @@ pub mod install;
 pub mod listen;
 pub mod metrics;
 mod pairing;
+pub mod penalty;
 #[cfg(target_os = "linux")]
 mod pipe;
 #[cfg(not(target_os = "linux"))]
@@ -35,4 +39,5 @@ pub mod run;
 pub mod server;
 pub mod stun;
 
+pub use gate::Visit;
 pub use server::{Config, Limits, Relay};

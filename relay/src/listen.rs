@@ -3,10 +3,11 @@
 use std::io::{self, ErrorKind};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
+use std::time::Duration;
 
 use adit_client::exit::{Exit, Failure};
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::net::{TcpListener, UdpSocket};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
 
 #[cfg(target_os = "linux")]
 use crate::holder::{self, Holder};
@@ -15,6 +16,8 @@ use crate::holder_none::{self as holder, Holder};
 
 /// Connections that may wait to be accepted: a burst of reconnecting clients.
 const BACKLOG: i32 = 1024;
+/// How long a listener rests when the system has no descriptor or memory for a connection.
+const REST: Duration = Duration::from_millis(100);
 
 /// Where an address was configured: what an error tells people to change.
 #[derive(Debug, Clone, Copy)]
@@ -47,6 +50,43 @@ pub fn udp(setting: Setting<'_>, address: SocketAddr) -> Result<UdpSocket, Liste
     bind(Type::DGRAM, address)
         .and_then(|socket| UdpSocket::from_std(socket.into()))
         .map_err(|error| ListenError::new(setting, Type::DGRAM, address, error))
+}
+
+/// The next connection. When the system has no descriptor or memory for one, it rests for a while and tries
+/// again: the connection stays where it is, and the loop does not spin. Cancel safe.
+pub async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
+    loop {
+        match listener.accept().await {
+            Ok(accepted) => return accepted,
+            Err(error) => {
+                tracing::debug!(%error, "accept failed");
+                if !is_about_one_connection(&error) {
+                    tokio::time::sleep(REST).await;
+                }
+            }
+        }
+    }
+}
+
+/// How many descriptors this process may open.
+pub fn descriptors() -> usize {
+    #[cfg(target_os = "linux")]
+    if let Some(current) = rustix::process::getrlimit(rustix::process::Resource::Nofile).current {
+        return usize::try_from(current).unwrap_or(usize::MAX);
+    }
+    usize::MAX
+}
+
+/// Takes as many descriptors as the system grants: the usual soft limit of 1,024 is a few hundred pairs.
+pub fn raise_descriptor_limit() {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+        let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+        if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+            tracing::warn!(%error, "the limit on open descriptors stays as it is");
+        }
+    }
 }
 
 /// A socket that could not be bound.
@@ -131,6 +171,11 @@ fn bind_one(kind: Type, address: SocketAddr) -> io::Result<Socket> {
     socket.bind(&address.into())?;
     socket.set_nonblocking(true)?;
     Ok(socket)
+}
+
+fn is_about_one_connection(error: &io::Error) -> bool {
+    use ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted)
 }
 
 /// No such address family, or its sockets exist but no address does.

@@ -19,7 +19,6 @@ pub struct Metrics {
     pub(crate) pairs: Gauge,
     pub(crate) pairs_total: Counter,
     pub(crate) waiting: Gauge,
-    pub(crate) unauthenticated: Gauge,
 }
 
 /// One label: name and value.
@@ -104,7 +103,6 @@ impl Metrics {
             pairs: Gauge::default(),
             pairs_total: Counter::default(),
             waiting: Gauge::default(),
-            unauthenticated: Gauge::default(),
         }
     }
 
@@ -116,7 +114,6 @@ impl Metrics {
         r.register("pairs", "Pairs that are being forwarded", self.pairs.clone());
         r.register("paired", "Pairs since the start", self.pairs_total.clone());
         r.register("legs_waiting", "Legs whose other leg has not come yet", self.waiting.clone());
-        r.register("unauthenticated", "Connections without a ticket so far", self.unauthenticated.clone());
     }
 
     /// Bytes that went from socket to socket inside the kernel.
@@ -142,11 +139,6 @@ impl Metrics {
     /// Legs that wait for their other leg now.
     pub fn legs_waiting(&self) -> u64 {
         unsigned(&self.waiting)
-    }
-
-    /// Connections that have not shown a valid ticket so far.
-    pub fn unauthenticated(&self) -> u64 {
-        unsigned(&self.unauthenticated)
     }
 
     /// Pipes that carry bytes now.

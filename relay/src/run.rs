@@ -75,7 +75,7 @@ pub async fn run(dir: &Path, overrides: Overrides) -> Result<(), RunError> {
     }
     let config = ConfigFile::load(dir)?;
     let hosts = if config.hosts.is_empty() { identity.hosts.clone() } else { config.hosts.clone() };
-    raise_descriptor_limit();
+    listen::raise_descriptor_limit();
 
     let mut tasks = JoinSet::new();
     let (stop, stopped) = watch::channel(false);
@@ -199,18 +199,6 @@ async fn told_to_stop() -> io::Result<()> {
     }
     #[cfg(not(unix))]
     tokio::signal::ctrl_c().await
-}
-
-/// The usual soft limit of 1,024 descriptors is a few hundred pairs.
-fn raise_descriptor_limit() {
-    #[cfg(target_os = "linux")]
-    {
-        use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-        let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-        if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
-            warn!(%error, "the limit on open descriptors stays as it is");
-        }
-    }
 }
 
 /// Why a relay does not start.

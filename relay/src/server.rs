@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::io;
-use std::net::Shutdown;
+use std::net::{IpAddr, Shutdown};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -17,12 +17,14 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
+use crate::door::{Crowd, Door};
 use crate::forward::{Caps, End, Forward};
-use crate::gate::{Gate, Visit};
+use crate::gate::Visit;
 use crate::metrics::{Counted, Metrics, Reason};
 use crate::pairing::{Key, Offered, Refused, Table};
+use crate::penalty::Offence;
 use crate::pool::Pool;
 
 /// From accepting a connection to its whole, verified preamble. A silent one is closed within 5 s.
@@ -33,8 +35,6 @@ const WAIT: Duration = Duration::from_secs(10);
 const LINGER: Duration = Duration::from_secs(1);
 /// Bytes that a refused client may still have sent; unread ones would turn the status into a reset.
 const LINGER_BYTES: usize = 64 * 1024;
-/// How long a listener rests when the system has no descriptor or memory for a connection.
-const REST: Duration = Duration::from_millis(100);
 /// A silent leg is probed after this time, then every third of it, and given up after three probes.
 const KEEPALIVE: Duration = Duration::from_secs(30);
 /// Data that nobody acknowledges for this long ends the leg.
@@ -61,12 +61,15 @@ impl Config {
 }
 
 /// Bounds on what a relay keeps. Beyond them it refuses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
-    /// Connections that have not shown a valid ticket yet. Beyond it, a random one of them is closed for
-    /// each new one.
+    /// See [`Crowd`].
     pub unauthenticated: usize,
+    /// See [`Crowd`].
+    pub per_source: usize,
+    /// See [`Crowd`].
+    pub exempt: Vec<IpAddr>,
     /// Legs that wait for their other leg.
     pub waiting: usize,
     /// Pairs that are forwarded.
@@ -77,7 +80,15 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { unauthenticated: 1024, waiting: 4096, pairs: 16_384, spent: 131_072 }
+        let Crowd { unauthenticated, per_source, exempt } = Crowd::default();
+        Self { unauthenticated, per_source, exempt, waiting: 4096, pairs: 16_384, spent: 131_072 }
+    }
+}
+
+impl Limits {
+    fn crowd(&self) -> Crowd {
+        let Self { unauthenticated, per_source, exempt, .. } = self;
+        Crowd { unauthenticated: *unauthenticated, per_source: *per_source, exempt: exempt.clone() }
     }
 }
 
@@ -86,7 +97,7 @@ pub struct Relay {
     config: Config,
     ticket_key: RwLock<Option<[u8; 32]>>,
     revoked: watch::Sender<Arc<Revocations>>,
-    gate: Arc<Gate>,
+    door: Door,
     table: Mutex<Table<Leg>>,
     pool: Arc<Pool>,
     metrics: Arc<Metrics>,
@@ -114,7 +125,7 @@ impl Relay {
         Arc::new(Self {
             ticket_key: RwLock::new(None),
             revoked: watch::Sender::default(),
-            gate: Gate::new(config.limits.unauthenticated, metrics.unauthenticated.clone()),
+            door: Door::new(&config.limits.crowd()),
             table: Mutex::new(Table::new(config.limits.waiting, config.limits.spent)),
             pool: Pool::new(config.splice, metrics.clone()),
             metrics,
@@ -151,6 +162,12 @@ impl Relay {
     /// Shows this relay's metrics in `registry`.
     pub fn register(&self, registry: &mut Registry) {
         self.metrics.register(registry);
+        self.door.register(registry.sub_registry_with_prefix("adit_relay"));
+    }
+
+    /// Who comes in here, and who does not.
+    pub fn door(&self) -> &Door {
+        &self.door
     }
 
     /// Takes legs from `listener` until `shutdown`; then closes all that came from it. Dropping the
@@ -161,28 +178,18 @@ impl Relay {
         loop {
             tokio::select! {
                 () = &mut shutdown => break,
-                accepted = listener.accept() => match accepted {
-                    Ok((stream, _)) => {
-                        let visit = self.gate.enter();
-                        tasks.spawn(self.clone().handle(stream, visit));
-                    }
-                    Err(error) => {
-                        // Out of descriptors or memory, or that one connection was lost.
-                        tracing::debug!(%error, "accept failed");
-                        if !is_about_one_connection(&error) {
-                            sleep(REST).await;
-                        }
-                    }
-                },
+                (stream, from, visit) = self.door.accept(&listener) => {
+                    tasks.spawn(self.clone().handle(stream, from.ip(), visit));
+                }
                 Some(_) = tasks.join_next() => {}
             }
         }
         tasks.shutdown().await;
     }
 
-    async fn handle(self: Arc<Self>, stream: TcpStream, visit: Visit) {
+    async fn handle(self: Arc<Self>, stream: TcpStream, from: IpAddr, visit: Visit) {
         // Boxed, so that a pair that only forwards does not carry the memory of its beginning.
-        let Some(pair) = Box::pin(self.admit(stream, visit)).await else { return };
+        let Some(pair) = Box::pin(self.admit(stream, from, visit)).await else { return };
         let Pair { legs, keys, caps, counted } = pair;
         let forward = Forward::new(legs, caps, self.pool.clone(), self.metrics.clone());
         let revoked = Box::pin(until_revoked(self.revoked.subscribe(), keys));
@@ -203,13 +210,13 @@ impl Relay {
     }
 
     /// From a new connection to a pair; nothing when this connection does not become the second leg.
-    async fn admit(&self, stream: TcpStream, mut visit: Visit) -> Option<Pair> {
+    async fn admit(&self, stream: TcpStream, from: IpAddr, mut visit: Visit) -> Option<Pair> {
         if let Err(error) = prepare(&stream) {
             tracing::debug!(%error, "connection lost at once");
             return None;
         }
         let (stream, ticket) = tokio::select! {
-            authenticated = self.authenticate(stream) => authenticated?,
+            authenticated = self.authenticate(stream, from) => authenticated?,
             () = visit.driven_out() => {
                 self.metrics.refused(Reason::Overload);
                 return None;
@@ -220,11 +227,19 @@ impl Relay {
     }
 
     /// Takes the preamble in time, or sends the connection away.
-    async fn authenticate(&self, mut stream: TcpStream) -> Option<(TcpStream, Ticket)> {
+    async fn authenticate(&self, mut stream: TcpStream, from: IpAddr) -> Option<(TcpStream, Ticket)> {
         match timeout(AUTHENTICATE, self.read_ticket(&mut stream)).await {
             Ok(Ok(ticket)) => return Some((stream, ticket)),
-            Ok(Err(reason)) => self.refuse(stream, Status::Refused, reason).await,
-            Err(_) => self.metrics.refused(Reason::Silent),
+            Ok(Err(reason)) => {
+                if let Some(offence) = offence(reason) {
+                    self.door.offended(from, offence);
+                }
+                self.refuse(stream, Status::Refused, reason).await;
+            }
+            Err(_) => {
+                self.metrics.refused(Reason::Silent);
+                self.door.offended(from, Offence::Silent);
+            }
         }
         None
     }
@@ -366,6 +381,18 @@ impl From<LegError> for Reason {
     }
 }
 
+/// What a leg that was not taken did wrong: nothing, if its ticket is the mediator's and it is the holder.
+/// Then it is late, or at the wrong relay, or its relay was started again.
+fn offence(reason: Reason) -> Option<Offence> {
+    match reason {
+        Reason::Malformed => Some(Offence::Garbage),
+        Reason::Signature | Reason::Possession => Some(Offence::BadTicket),
+        // It hung up: the time limit is not a reason here.
+        Reason::Silent => Some(Offence::Left),
+        _ => None,
+    }
+}
+
 /// The tighter of both tickets' limits.
 fn caps(one: &Ticket, other: &Ticket) -> Caps {
     let tighter = |a: u64, b: u64| [a, b].into_iter().filter(|limit| *limit > 0).min();
@@ -398,11 +425,6 @@ fn has_hung_up(stream: &TcpStream) -> bool {
     }
 }
 
-fn is_about_one_connection(error: &io::Error) -> bool {
-    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
-    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted)
-}
-
 fn unix_now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs())
 }
@@ -416,8 +438,10 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("binds");
         let stream = TcpStream::connect(listener.local_addr().expect("bound")).await.expect("connects");
         let relay = Relay::new(Config::new(DeviceId([1; 16])));
-        let visit = relay.gate.enter();
-        let task = relay.handle(stream, visit);
+        let from = IpAddr::from([127, 0, 0, 1]);
+        let (accepted, _, visit) = relay.door.accept(&listener).await;
+        drop(accepted);
+        let task = relay.handle(stream, from, visit);
         assert!(size_of_val(&task) <= 768, "{}", size_of_val(&task));
     }
 }

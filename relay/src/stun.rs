@@ -20,7 +20,7 @@ const SLOTS: usize = 1 << 16;
 
 /// Answers on `socket` until `shutdown`.
 pub async fn serve(socket: UdpSocket, shutdown: impl Future<Output = ()>) {
-    let mut limit = RateLimit::new(Instant::now());
+    let mut limit = RateLimit::new(RATE, Instant::now());
     let mut datagram = [0; DATAGRAM];
     tokio::pin!(shutdown);
     loop {
@@ -57,12 +57,13 @@ pub struct RateLimit {
     counts: Box<[u16]>,
     hasher: RandomState,
     since: Instant,
+    rate: u16,
 }
 
 impl RateLimit {
-    /// Nobody has asked yet.
-    pub fn new(now: Instant) -> Self {
-        Self { counts: vec![0; SLOTS].into_boxed_slice(), hasher: RandomState::new(), since: now }
+    /// Nobody has asked yet. `rate`: answers a second for one source.
+    pub fn new(rate: u16, now: Instant) -> Self {
+        Self { counts: vec![0; SLOTS].into_boxed_slice(), hasher: RandomState::new(), since: now, rate }
     }
 
     /// Whether `source` may have one more answer.
@@ -71,14 +72,14 @@ impl RateLimit {
             self.since = now;
             self.counts.fill(0);
         }
-        let network = match source {
+        let network = match source.to_canonical() {
             IpAddr::V4(v4) => u64::from(u32::from(v4)),
             IpAddr::V6(v6) => (u128::from(v6) >> 64) as u64,
         };
-        let slot = self.hasher.hash_one((source.is_ipv4(), network)) as usize % SLOTS;
+        let slot = self.hasher.hash_one((source.to_canonical().is_ipv4(), network)) as usize % SLOTS;
         let count = &mut self.counts[slot];
         *count = count.saturating_add(1);
-        *count <= RATE
+        *count <= self.rate
     }
 }
 
@@ -91,7 +92,7 @@ mod tests {
     #[test]
     fn a_source_has_its_rate_each_second() {
         let start = Instant::now();
-        let mut limit = RateLimit::new(start);
+        let mut limit = RateLimit::new(RATE, start);
         let greedy = IpAddr::from([192, 0, 2, 1]);
         let allowed = (0..10 * RATE).filter(|_| limit.allows(greedy, start)).count();
         assert_eq!(allowed, usize::from(RATE));

@@ -10,9 +10,11 @@ mod common;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
 
 use common::{Server, noise, receive, send_blocks, within};
+use rustix::io::dup;
 use rustix::pipe::{fcntl_getpipe_size, fcntl_setpipe_size, pipe};
 use rustix::process::{Resource, Rlimit, geteuid, getrlimit, setrlimit};
 
@@ -20,6 +22,10 @@ const CHILD: &str = "ADIT_TEST_IN_CHILD";
 
 /// Starts the test `name` of this program in a child, as the user `uid`.
 fn in_child(name: &str, uid: Option<u32>) {
+    // A child that is started while another test copies has the copy open for writing until it is started
+    // itself; and what is open for writing cannot be started (ETXTBSY).
+    static STARTING: Mutex<()> = Mutex::new(());
+    let starting = STARTING.lock().unwrap();
     let dir = tempfile::tempdir().unwrap();
     let program = dir.path().join("test");
     std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
@@ -30,7 +36,9 @@ fn in_child(name: &str, uid: Option<u32>) {
     if let Some(uid) = uid {
         command.uid(uid).gid(uid);
     }
-    let output = command.output().unwrap();
+    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(starting);
+    let output = child.wait_with_output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success() && text.contains("1 passed"), "{text}");
 }
@@ -50,8 +58,12 @@ async fn transfer(server: &Server, serial: u64) -> u64 {
 }
 
 /// Without pipes everything is copied; with pipes again everything is spliced, after the pool's pause.
-async fn fall_back_and_recover(server: Server, take_pipes_away: impl FnOnce() -> Vec<(OwnedFd, OwnedFd)>) {
+///
+/// The pipes go before there is a relay: `accept` takes a descriptor even to find that nobody has come, and
+/// what counts free descriptors meanwhile counts one too few.
+async fn fall_back_and_recover(take_pipes_away: impl FnOnce() -> Vec<OwnedFd>) {
     let hogs = take_pipes_away();
+    let server = Server::start().await;
     assert_eq!(transfer(&server, 1).await, 0);
     assert_eq!(server.relay.metrics().pipes_lent() + server.relay.metrics().pipes_idle(), 0);
     drop(hogs);
@@ -75,8 +87,7 @@ fn an_exhausted_pipe_quota_means_copying() {
     }
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap().block_on(
         async {
-            let server = Server::start().await;
-            fall_back_and_recover(server, || {
+            fall_back_and_recover(|| {
                 let mut hogs = Vec::new();
                 loop {
                     let hog = pipe().unwrap();
@@ -84,7 +95,7 @@ fn an_exhausted_pipe_quota_means_copying() {
                     if fcntl_getpipe_size(&hog.0).unwrap() < 64 * 1024 {
                         return hogs;
                     }
-                    hogs.push(hog);
+                    hogs.extend([hog.0, hog.1]);
                 }
             })
             .await;
@@ -102,14 +113,15 @@ fn no_descriptors_for_pipes_means_copying() {
     setrlimit(Resource::Nofile, Rlimit { current: Some(64), ..old }).unwrap();
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap().block_on(
         async {
-            let server = Server::start().await;
-            fall_back_and_recover(server, || {
-                let mut hogs = Vec::new();
-                while let Ok(hog) = pipe() {
+            fall_back_and_recover(|| {
+                let (one, other) = pipe().unwrap();
+                let mut hogs = vec![other];
+                while let Ok(hog) = dup(&one) {
                     hogs.push(hog);
                 }
-                // Four descriptors for the sockets of the pair are needed all the same.
-                setrlimit(Resource::Nofile, Rlimit { current: Some(64 + 4), ..old }).unwrap();
+                hogs.push(one);
+                // The listener and the four sockets of the pair are needed all the same.
+                setrlimit(Resource::Nofile, Rlimit { current: Some(64 + 1 + 4), ..old }).unwrap();
                 hogs
             })
             .await;

@@ -195,20 +195,10 @@ pub fn all_outputs() -> Vec<String> {
     outputs().iter().map(|output| output.lines().text.join("\n")).collect()
 }
 
-/// ERRORs that this test brings about, see [`expect_error`].
-static EXPECTED: Mutex<Vec<&str>> = Mutex::new(Vec::new());
-
-/// Lines with this text are no failure of this test.
-pub fn expect_error(text: &'static str) {
-    EXPECTED.lock().unwrap_or_else(PoisonError::into_inner).push(text);
-}
-
 /// Fails if one of adit's programs logged an ERROR.
 pub fn fail_on_logged_errors() -> anyhow::Result<()> {
-    let expected = EXPECTED.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    let unexpected = |line: &&String| is_error(line) && !expected.iter().any(|text| line.contains(text));
     for output in outputs().iter().filter(|output| output.ours) {
-        if let Some(line) = output.lines().text.iter().find(unexpected) {
+        if let Some(line) = output.lines().text.iter().find(|line| is_error(line)) {
             bail!("{} logged an ERROR: {line}", output.name);
         }
     }

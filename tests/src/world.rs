@@ -29,8 +29,6 @@ pub struct Setup {
     pub embedded_relay: bool,
     /// The agent's `--allow`: `HOST:PORT[/udp]`. Empty: the agent's own default.
     pub allow: Vec<String>,
-    /// The mediator's state is on a disk of its own with so many bytes, as tmpfs writes them: `16m`.
-    pub server_disk: Option<&'static str>,
 }
 
 /// `ADIT_LOG` of all programs of this test, see [`log`].
@@ -45,18 +43,12 @@ impl Setup {
     /// An embedded relay, and an agent that allows everything on its loopback, TCP and UDP.
     pub fn new(topology: Topology) -> Self {
         let allow = ["127.0.0.0/8:1-65535", "127.0.0.0/8:1-65535/udp"].map(str::to_owned).to_vec();
-        Self { topology, embedded_relay: true, allow, server_disk: None }
+        Self { topology, embedded_relay: true, allow }
     }
 
     /// The mediator embeds no relay.
     pub fn bare_mediator(mut self) -> Self {
         self.embedded_relay = false;
-        self
-    }
-
-    /// The mediator's state is on a disk of its own, of this size: `16m`.
-    pub fn server_disk(mut self, size: &'static str) -> Self {
-        self.server_disk = Some(size);
         self
     }
 
@@ -85,15 +77,6 @@ impl World {
     /// Brings everything up. Returns once the technician sees the agent online.
     pub async fn up(setup: Setup) -> anyhow::Result<Self> {
         let state = tempfile::Builder::new().prefix("adit-lab-").tempdir()?;
-        if let Some(size) = setup.server_disk {
-            // Before the hosts come up: each sees what is mounted then.
-            let disk = state.path().join("server");
-            std::fs::create_dir(&disk)?;
-            let options = format!("size={size},mode=0700");
-            let mounted =
-                Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(&disk).status()?;
-            ensure!(mounted.success(), "cannot mount a disk of {size}");
-        }
         let lab = Lab::up(&setup.topology).await?;
         let dir = |name: &str| state.path().join(name).to_string_lossy().into_owned();
 

@@ -1,4 +1,4 @@
-//! Identities in the field: a stolen key, secrets, wrong clocks, a full disk. Tests are named after the rows of
+//! Identities in the field: a stolen key, secrets, wrong clocks. Tests are named after the rows of
 //! the threat table.
 
 use std::os::unix::fs::PermissionsExt;
@@ -15,7 +15,6 @@ lab_tests!(
     row_22_stolen_key_on_the_relay,
     row_22_stolen_key_on_the_direct_path,
     row_24_secrets,
-    fault_disk_full,
     fault_clock_wrong_by_a_day,
 );
 
@@ -129,55 +128,6 @@ async fn row_24_secrets() -> anyhow::Result<()> {
     }
     println!("{} secrets in none of {logged} bytes of logs and {lines} command lines", secrets.len());
     Ok(())
-}
-
-/// The mediator's disk is full: running sessions go on, new ones are refused with a clear error within 2 s, no
-/// grant is without a record, and it recovers within 5 s.
-async fn fault_disk_full() -> anyhow::Result<()> {
-    adit_tests::process::expect_error("the audit log cannot be written");
-    let topology = Topology::new(NatKind::UdpBlocked, NatKind::Cone);
-    let world = World::up(Setup::new(topology).server_disk("16m")).await?;
-    let server = TransferServer::start(&world.lab.agent.host).await?;
-    let forward = world.forward(&[&format!("127.0.0.1:{}", server.port)]).await?;
-    forward.reaches("relay", PATIENCE).await?;
-    let (host, local) = (&world.lab.technician.host, forward.local[0]);
-    download(host, local, 1, 1 << 20, PATIENCE).await?;
-    let filler = Path::new(&world.data("server")).join("filler");
-    let full = std::fs::write(&filler, vec![0; 64 << 20]);
-    ensure!(full.is_err(), "the disk is larger than it should be");
-    let records = grants(&world)?;
-
-    let technician = world.data("technician");
-    let stdio = ["stdio", AGENT, &format!("127.0.0.1:{}", server.port), "--data", &technician];
-    let start = Instant::now();
-    let refused = world.technician(&stdio)?.finish(PATIENCE).await?;
-    let took = start.elapsed();
-    ensure!(refused.code == 1 && refused.stderr.contains("audit record"), "{refused:?}");
-    ensure!(took < Duration::from_secs(2), "refused only after {took:?}");
-    ensure!(grants(&world)? == records, "half a record was left");
-    // What runs goes on, with new streams, too.
-    download(host, local, 2, 8 << 20, PATIENCE).await?;
-
-    std::fs::remove_file(&filler)?;
-    let start = Instant::now();
-    poll(Duration::from_secs(5), "sessions to be granted again", async || {
-        let data = world.data("technician");
-        let forward =
-            world.technician(&["forward", AGENT, "-L", "0:127.0.0.1:1", "--json", "--data", &data]).ok()?;
-        forward
-            .event(Duration::from_secs(3), "listening", 0, |event| event["local"].as_str().map(drop))
-            .await
-            .ok()
-    })
-    .await?;
-    println!("refused after {took:?}; granted again {:?} after there was room", start.elapsed());
-    Ok(())
-}
-
-fn grants(world: &World) -> anyhow::Result<usize> {
-    let audit = std::fs::read_to_string(Path::new(&world.data("server")).join("audit.jsonl"))?;
-    ensure!(audit.is_empty() || audit.ends_with('\n'), "the last record is cut off");
-    Ok(audit.lines().filter(|line| line.contains("\"event\":\"grant\"")).count())
 }
 
 /// An agent whose clock is a day ahead, or behind, works all the same.

@@ -164,14 +164,15 @@ fn parse_host(text: &str) -> Result<Host, Wrong> {
     if let Ok(address) = text.parse::<Ipv4Addr>() {
         return Network::parse(address.into(), None).map(Host::Network);
     }
-    // 0177.0.0.1, 127.1 or 2130706433: one resolver reads an address there, another one a name.
+    // 0177.0.0.1, 0X7F.1, 127.1 or 2130706433: one resolver reads an address there, another one a name.
+    let text = text.to_ascii_lowercase();
     let last = text.rsplit('.').next().unwrap_or_default();
     if last.strip_prefix("0x").unwrap_or(last).bytes().all(|b| b.is_ascii_hexdigit())
         && last.starts_with(|c: char| c.is_ascii_digit())
     {
         return Err(Wrong::Address);
     }
-    Target::new(text, 1, Protocol::Tcp)
+    Target::new(&text, 1, Protocol::Tcp)
         .map(|target| Host::Name(target.host().to_owned()))
         .map_err(|_| Wrong::Name)
 }
@@ -255,6 +256,7 @@ mod tests {
             ("0177.0.0.1:22", "not written in full"),
             ("2130706433:22", "not written in full"),
             ("0x7f000001:22", "not written in full"),
+            ("0X7F.1:22", "not written in full"),
             ("127.1:22", "not written in full"),
             ("10.0.0.0/33:22", "0 to 32"),
             ("[fd00::/129]:22", "0 to 128"),

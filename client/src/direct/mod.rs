@@ -42,6 +42,8 @@ use tokio::task::JoinHandle;
 use crate::identity::{Identity, Live};
 use crate::tls::TlsError;
 use demux::Demux;
+#[doc(hidden)]
+pub use demux::sort_without_sessions;
 use mediator::Handshake;
 use path_task::{Command, PathTask};
 use socket::DirectSocket;

@@ -2,7 +2,7 @@
 
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use adit_protocol::control::IceCredentials;
 use adit_protocol::{DeviceId, Role, SessionId};
@@ -252,8 +252,11 @@ async fn a_grant_without_credentials_gets_no_path() {
     assert!(matches!(error, SessionError::Credentials(_)), "{error}");
 }
 
+/// Rows 6 and 8 of SECURITY.md: 10,000 Initials and junk from addresses that no check has confirmed get not
+/// one byte, and the genuine technician connects meanwhile.
 #[tokio::test]
-async fn strangers_get_no_answer() {
+async fn row_06_strangers_get_no_answer() {
+    const INITIALS: usize = 10_000;
     let mut pair = Pair::new(|_, _| {});
     let agent = SocketAddr::from((Ipv4Addr::LOCALHOST, pair.agent.endpoint.local_port()));
     let stranger = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a socket");
@@ -277,13 +280,23 @@ async fn strangers_get_no_answer() {
     let mut unknown_version = initial.clone();
     unknown_version[1..5].copy_from_slice(&[0xba; 4]);
     let mut garbage: Vec<Vec<u8>> = (0..=255u8).step_by(16).map(|first| vec![first; 1200]).collect();
-    garbage.extend([initial, unknown_version, stun::binding_request([1; 12]).to_vec()]);
+    garbage.extend([initial.clone(), unknown_version, stun::binding_request([1; 12]).to_vec()]);
     for datagram in garbage {
         stranger.send_to(&datagram, agent).expect("sent");
     }
+    let (flood, sender) = (initial.clone(), stranger.try_clone().expect("cloned"));
+    let flood = tokio::task::spawn_blocking(move || {
+        (0..INITIALS).filter(|_| sender.send_to(&flood, agent).is_ok()).count()
+    });
+    let start = Instant::now();
     // All that went through the same socket, and was accepted, after it.
     let (agents, technicians) = pair.connect().await;
+    let connected = start.elapsed();
+    let sent = flood.await.expect("no panic");
     carry(&technicians, &agents, b"later").await;
+    println!("row 6: {sent} Initials from a stranger; connected under them in {connected:?}");
+    assert_eq!(sent, INITIALS);
+    assert!(connected <= Duration::from_secs(2));
     stranger.set_nonblocking(true).expect("set");
     let answer = stranger.recv(&mut [0; 1500]);
     assert_eq!(answer.map_err(|error| error.kind()), Err(std::io::ErrorKind::WouldBlock));

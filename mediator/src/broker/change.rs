@@ -39,15 +39,6 @@ impl Broker {
         let changes = self.directory.reload().await?;
         self.load_list().await?;
         let mut effect = Effect::default();
-        for device in &changes.gone {
-            info!(device = %device.id, name = device.name, "device is revoked");
-            for channel in self.presence.of(device.id) {
-                let (code, message) = (RefusedCode::NotPermitted.into(), REVOKED.to_owned());
-                channel.send(Down::Refused(Refused { request: 0, code, message }));
-                channel.close();
-                effect.channels += 1;
-            }
-        }
         let forbidden = self.sessions().forbid(|technician, agent| self.permits(technician, agent).is_some());
         for session in forbidden {
             let gone = [&session.technician, &session.agent].map(|end| self.directory.get(end.device.id));
@@ -61,6 +52,16 @@ impl Broker {
             tell(&session.agent, Down::Closed(message));
             self.write_down(&session, "closed", reason, None).await;
             effect.sessions += 1;
+        }
+        // After their sessions: so they hear of the end of those first.
+        for device in &changes.gone {
+            info!(device = %device.id, name = device.name, "device is revoked");
+            for channel in self.presence.of(device.id) {
+                let (code, message) = (RefusedCode::NotPermitted.into(), REVOKED.to_owned());
+                channel.send(Down::Refused(Refused { request: 0, code, message }));
+                channel.close();
+                effect.channels += 1;
+            }
         }
         for device in &changes.changed {
             for channel in self.presence.of(device.id) {
@@ -162,6 +163,9 @@ impl Broker {
         let newest = self.revoked.newest();
         if newest.number > number {
             channel.send(Down::Revocations(List { list: newest.der().to_vec() }));
+        } else if newest.number < number {
+            warn!(device = %channel.device.id, name = channel.device.name, theirs = number, ours = newest.number,
+                "a device knows of revocations that this database does not (an older backup?): revoke those devices again");
         }
     }
 

@@ -69,7 +69,7 @@ impl Hosts {
         if hosts != before {
             parse_hosts(&hosts)?;
             let operator = Operator::open(dir).await?;
-            config::write_hosts(dir, &hosts)?;
+            config::set_hosts(dir, &hosts)?;
             say(operator.tell().await?, "devices that are online have been told");
         }
         for host in &hosts {

@@ -1,5 +1,6 @@
 //! The command line of `adit-mediator`.
 
+mod backup;
 mod devices;
 mod doctor;
 mod hosts;
@@ -87,6 +88,12 @@ pub enum Command {
     /// Test this server: files, certificates, names, ports; with --from also from outside.
     #[command(after_help = "Example: adit-mediator doctor --from reception-pc")]
     Doctor(doctor::Doctor),
+    /// Write everything that makes this organisation into one encrypted file, also while the mediator runs.
+    #[command(after_help = "Example: adit-mediator backup /mnt/usb/adit.age")]
+    Backup(backup::Backup),
+    /// Bring an organisation back from a backup, on a new machine: every device comes back by itself.
+    #[command(after_help = "Example: adit-mediator restore /mnt/usb/adit.age --data /var/lib/adit-mediator")]
+    Restore(backup::Restore),
     /// Everything on this machine with throwaway keys: server, agent, technician and a tunnel.
     #[command(after_help = "Example: adit-mediator demo --target 127.0.0.1:22")]
     Demo(Demo),
@@ -204,6 +211,8 @@ pub async fn run(cli: Cli) -> Result<(), Box<dyn Failure>> {
         Command::Grants(arguments) => arguments.run().await,
         Command::Hosts(arguments) => arguments.run().await,
         Command::Doctor(arguments) => arguments.run().await,
+        Command::Backup(arguments) => arguments.run().await,
+        Command::Restore(arguments) => arguments.run().await,
         Command::Demo(arguments) => {
             return demo::run(arguments).await.map_err(|error| Box::new(error) as Box<dyn Failure>);
         }
@@ -231,6 +240,7 @@ async fn serve(arguments: &Run) -> Result<(), Error> {
     if let (Some(cert), Some(key)) = (arguments.cert.clone(), arguments.key.clone()) {
         organisation.config.https = Https { cert: Some(cert), key: Some(key) };
     }
+    adit_relay::listen::raise_descriptor_limit();
     let mediator = Mediator::bind(organisation, arguments.relay == Switch::On).await?;
     mediator.run(stop).await
 }

@@ -74,12 +74,24 @@ impl Store {
             .map(drop)
     }
 
+    /// Makes every token useless; says how many there were.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn void_tokens(&self) -> Result<u64, sqlx::Error> {
+        sqlx::query("DELETE FROM tokens").execute(&self.pool).await.map(|done| done.rows_affected())
+    }
+
     /// Spends one use of a token and enrols the device; all of it or nothing. The same token with the
     /// same key gives the same device again and spends nothing.
     ///
     /// # Errors
     /// [`EnrolError`].
     pub async fn enrol(&self, candidate: &Candidate<'_>, now: u64) -> Result<Enrolled, EnrolError> {
+        // Only one at a time may write: guesses must not make genuine devices wait for it.
+        if !self.has_token(&candidate.token).await? {
+            return Err(EnrolError::UnknownToken);
+        }
         let mut tx = self.pool.begin_with("BEGIN IMMEDIATE").await?;
         let known = sqlx::query("SELECT * FROM devices WHERE public_key = ?")
             .bind(candidate.public_key.as_slice())
@@ -137,6 +149,13 @@ impl Store {
         }
         tx.commit().await?;
         Ok(Enrolled { device, again: false, replaced })
+    }
+}
+
+impl Store {
+    async fn has_token(&self, hash: &[u8; 32]) -> Result<bool, sqlx::Error> {
+        let found = sqlx::query_scalar::<_, i64>("SELECT 1 FROM tokens WHERE hash = ?");
+        Ok(found.bind(hash.as_slice()).fetch_optional(&self.pool).await?.is_some())
     }
 }
 

@@ -54,7 +54,7 @@ impl Store {
         Ok(Self { pool })
     }
 
-    /// Writes a consistent copy of the whole database to `path`, which must not be there, while others use it.
+    /// Writes a consistent copy of the whole database to `path`, which must be empty or not there, while others use it.
     ///
     /// # Errors
     /// The database's.
@@ -63,13 +63,13 @@ impl Store {
         sqlx::query("VACUUM INTO ?").bind(path).execute(&self.pool).await.map(drop)
     }
 
-    /// Whether the database is whole.
+    /// What SQLite finds wrong with the database; `None` when it is sound.
     ///
     /// # Errors
-    /// What is wrong with it.
-    pub async fn check(&self) -> Result<(), sqlx::Error> {
-        let verdict: String = sqlx::query_scalar("PRAGMA quick_check").fetch_one(&self.pool).await?;
-        if verdict == "ok" { Ok(()) } else { Err(sqlx::Error::Protocol(verdict)) }
+    /// The database's.
+    pub async fn check(&self) -> Result<Option<String>, sqlx::Error> {
+        let found: String = sqlx::query_scalar("PRAGMA integrity_check(1)").fetch_one(&self.pool).await?;
+        Ok((found != "ok").then_some(found))
     }
 
     /// Waits for what is under way and closes the database.

@@ -35,7 +35,8 @@ impl Store {
         newest(&mut connection).await
     }
 
-    /// Makes a new list when devices were revoked since the newest one. Says whether there is a new one;
+    /// Makes a new list when devices were revoked since the newest one, numbered with the time (seconds since
+    /// 1970-01-01 UTC) or, if that is taken, with the number after the newest. Says whether there is a new one;
     /// `Unsigned` when that would take the enrolment key and it is not there.
     ///
     /// # Errors
@@ -52,7 +53,9 @@ impl Store {
             return Ok(Extended::Nothing);
         }
         let Some(authority) = authority else { return Ok(Extended::Unsigned) };
-        let number = newest(&mut tx).await?.map_or(0, |list| list.number) + 1;
+        // Numbers follow the clock, so that a database restored from a backup goes on with numbers that no device
+        // has seen: it would pass over a list numbered like one that it has.
+        let number = newest(&mut tx).await?.map_or(0, |list| list.number + 1).max(now);
         let keys: Vec<_> = revoked.iter().map(|device| (device.public_key, device.revoked)).collect();
         let der = authority.revocation_list(number, now, &keys).map_err(super::decode)?;
         sqlx::query("INSERT INTO revocations VALUES (?, ?)")
@@ -153,14 +156,16 @@ mod tests {
         assert!(!store.revoke(ids[0], 9).await.expect("is revoked"));
         assert_eq!(store.extend_list(None, 9).await.expect("works"), Extended::Unsigned);
         assert_eq!(store.newest_list().await.expect("reads"), None);
-        for (number, revoked) in [(1, 1), (2, 2)] {
+        for (number, revoked) in [(9, 1), (10, 2)] {
             assert_eq!(store.extend_list(Some(&authority), 9).await.expect("works"), Extended::To(number));
             assert_eq!(store.extend_list(Some(&authority), 9).await.expect("works"), Extended::Nothing);
             let list = store.newest_list().await.expect("reads").expect("is there");
             let list = Revocations::read(&list.der, authority.certificate()).expect("reads");
             assert_eq!((list.number, list.len()), (number, revoked));
-            assert!(list.has(&[1; 32]) && list.has(&[2; 32]) == (number == 2) && !list.has(&[3; 32]));
+            assert!(list.has(&[1; 32]) && list.has(&[2; 32]) == (number == 10) && !list.has(&[3; 32]));
             store.revoke(ids[1], 10).await.expect("revokes");
         }
+        store.revoke(ids[2], 500).await.expect("revokes");
+        assert_eq!(store.extend_list(Some(&authority), 500).await.expect("works"), Extended::To(500));
     }
 }

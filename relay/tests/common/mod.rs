@@ -1,18 +1,18 @@
 //! A relay on loopback, a mediator's key, and the two ends of a session.
 #![allow(dead_code, unreachable_pub)]
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use adit_protocol::leg::{self, Status};
 use adit_protocol::ticket::Ticket;
 use adit_protocol::{DeviceId, Role, SessionId};
-use adit_relay::{Config, Relay};
+use adit_relay::{Config, Limits, Relay};
 use aws_lc_rs::digest::{Context, SHA256};
 use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
@@ -29,8 +29,22 @@ pub struct Server {
     task: JoinHandle<()>,
 }
 
+/// Without penalties for what comes from 127.0.0.1.
 pub fn config() -> Config {
-    Config { epoch: EPOCH, ..Config::new(RELAY) }
+    let limits = Limits { exempt: vec![Ipv4Addr::LOCALHOST.into()], ..Limits::default() };
+    Config { epoch: EPOCH, limits, ..Config::new(RELAY) }
+}
+
+/// One of many source addresses of this machine, none of them 127.0.0.1.
+pub fn source(number: u32) -> Ipv4Addr {
+    Ipv4Addr::from_bits(0x7f01_0000 + number)
+}
+
+/// A connection to `server` from `source`; `None` when it was closed at once.
+pub async fn connect_from(source: Ipv4Addr, server: SocketAddr) -> Option<TcpStream> {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.bind((source, 0).into()).unwrap();
+    socket.connect(server).await.ok()
 }
 
 impl Server {
@@ -131,10 +145,23 @@ pub fn preamble(ticket: &Ticket) -> Vec<u8> {
 
 /// The same with a ticket signed by the key of seed `mediator`, and a leg by that of seed `holder`.
 pub fn preamble_by(ticket: &Ticket, mediator: u8, holder: u8) -> Vec<u8> {
+    leg::encode(&signed_by(ticket, mediator), ticket, |message| sign(holder, message))
+}
+
+/// The ticket's text, signed by the mediator.
+pub fn signed_ticket(ticket: &Ticket) -> String {
+    signed_by(ticket, MEDIATOR)
+}
+
+fn signed_by(ticket: &Ticket, mediator: u8) -> String {
     let mut secret = [mediator; 64];
     secret[32..].copy_from_slice(&public(mediator));
-    let text = ticket.sign(&secret).unwrap();
-    leg::encode(&text, ticket, |message| pair(holder).sign(message).as_ref().try_into().unwrap())
+    ticket.sign(&secret).unwrap()
+}
+
+/// A signature by the key of `seed`.
+pub fn sign(seed: u8, message: &[u8]) -> [u8; 64] {
+    pair(seed).sign(message).as_ref().try_into().unwrap()
 }
 
 /// The public key that signs the tickets.
@@ -191,6 +218,7 @@ fn pair(seed: u8) -> Ed25519KeyPair {
     Ed25519KeyPair::from_seed_unchecked(&[seed; 32]).unwrap()
 }
 
-fn public(seed: u8) -> [u8; 32] {
+/// The public key of `seed`.
+pub fn public(seed: u8) -> [u8; 32] {
     pair(seed).public_key().as_ref().try_into().unwrap()
 }

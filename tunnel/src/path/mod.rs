@@ -32,6 +32,7 @@ mod check;
 mod checklist;
 mod exchange;
 mod gather;
+pub mod handshake;
 mod message;
 mod random;
 mod schedule;

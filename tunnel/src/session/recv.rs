@@ -11,6 +11,10 @@ use super::send::SMALL;
 /// at once. Also what every stream keeps at least.
 pub const INITIAL_WINDOW: u64 = 64 * 1024;
 
+/// Pieces ahead of a gap that a stream keeps at least. Gaps come from ranges that are on different carriers:
+/// a correct peer makes a few with each move.
+const PIECES: u64 = 256;
+
 #[derive(Debug)]
 pub(super) struct RecvHalf {
     /// In order, not read by the application yet.
@@ -39,6 +43,8 @@ pub(super) struct RecvHalf {
 pub(super) enum Misbehaved {
     BeyondCredit,
     BeyondEnd,
+    /// Single bytes with gaps between them: each costs a hundred to keep.
+    Scattered,
 }
 
 impl RecvHalf {
@@ -84,6 +90,10 @@ impl RecvHalf {
         let was = self.received;
         if offset > self.received {
             self.insert_ahead(offset, bytes);
+            // Neighbours are gathered, so without gaps there are at most two for each `SMALL` bytes.
+            if self.ahead.len() as u64 > PIECES + 2 * self.window / SMALL as u64 {
+                return Err(Misbehaved::Scattered);
+            }
         } else if end > self.received {
             self.append(bytes.slice((self.received - offset) as usize..));
             self.join();
@@ -183,14 +193,28 @@ impl RecvHalf {
             let until = next.map_or(u64::MAX, |(start, _)| start - offset).min(bytes.len() as u64);
             let piece = bytes.split_to(until as usize);
             if !piece.is_empty() {
-                // A small slice must not keep a large read buffer alive.
-                let piece = if piece.len() < SMALL { Bytes::copy_from_slice(&piece) } else { piece };
-                self.ahead.insert(offset, piece);
+                self.file(offset, piece);
             }
             let Some((start, length)) = next else { break };
             let skip = length.min(bytes.len() as u64);
             bytes = bytes.slice(skip as usize..);
             offset = start + skip;
+        }
+    }
+
+    fn file(&mut self, offset: u64, piece: Bytes) {
+        if piece.len() >= SMALL {
+            self.ahead.insert(offset, piece);
+            return;
+        }
+        // A small slice must not keep a large read buffer alive; and many small ones are gathered.
+        match self.ahead.range_mut(..offset).next_back() {
+            Some((start, before)) if start + before.len() as u64 == offset && before.len() < SMALL => {
+                *before = [&before[..], &piece[..]].concat().into();
+            }
+            _ => {
+                self.ahead.insert(offset, Bytes::copy_from_slice(&piece));
+            }
         }
     }
 
@@ -253,6 +277,23 @@ mod tests {
         assert_eq!(half.receive(0, Bytes::from_static(b"abcde"), true, false), Ok(true));
         assert_eq!(half.receive(5, Bytes::from_static(b"f"), false, false), Err(Misbehaved::BeyondEnd));
         assert_eq!(half.receive(0, Bytes::from_static(b"ab"), true, false), Err(Misbehaved::BeyondEnd));
+    }
+
+    #[test]
+    fn small_pieces_are_gathered_and_scattered_ones_refused() {
+        let mut half = RecvHalf::new();
+        for offset in 1..INITIAL_WINDOW {
+            assert_eq!(half.receive(offset, Bytes::from_static(b"x"), false, false), Ok(false));
+        }
+        assert!(half.ahead.len() as u64 <= 2 * INITIAL_WINDOW / SMALL as u64, "{}", half.ahead.len());
+        assert_eq!(half.receive(0, Bytes::from_static(b"x"), false, false), Ok(true));
+        assert_eq!(half.received, INITIAL_WINDOW);
+
+        let mut half = RecvHalf::new();
+        let scattered =
+            (1..INITIAL_WINDOW / 2).map(|at| half.receive(2 * at, Bytes::from_static(b"x"), false, false));
+        let taken = { scattered }.take_while(Result::is_ok).count();
+        assert!((PIECES as usize..1000).contains(&taken), "{taken}");
     }
 
     #[test]

@@ -1,0 +1,87 @@
+//! A full disk: what runs goes on, nothing new is granted without its record, and room is enough to recover.
+//!
+//! The test runs once more inside a mount namespace of its own, where the temporary directory is a small disk.
+#![cfg(target_os = "linux")]
+
+mod common;
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use adit_protocol::Role;
+use adit_protocol::control::{Candidates, Down, Open, RefusedCode, Renew, Up};
+use common::{Server, dial, open, recv};
+
+/// Tells the test that it is on its small disk, and where that is.
+const DISK: &str = "ADIT_TEST_DISK";
+
+/// Fault row "disk full".
+#[test]
+fn fault_disk_full() {
+    if let Some(disk) = std::env::var_os(DISK) {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+        return runtime.expect("a runtime").block_on(on_a_small_disk(disk.into()));
+    }
+    let disk = tempfile::tempdir().expect("tempdir");
+    let mount = "mount -t tmpfs -o size=16m tmpfs \"$1\" && exec \"$0\" --exact fault_disk_full --nocapture";
+    let me = std::env::current_exe().expect("a path");
+    let status = Command::new("unshare")
+        .args(["--user", "--map-root-user", "--mount", "sh", "-c", mount])
+        .arg(me)
+        .arg(disk.path())
+        .env(DISK, disk.path())
+        .env("TMPDIR", disk.path())
+        .status()
+        .expect("unshare (Debian: util-linux) starts");
+    assert!(status.success(), "on the small disk: {status}");
+}
+
+async fn on_a_small_disk(disk: PathBuf) {
+    let server = Server::start().await;
+    assert!(server.dir.path().starts_with(&disk));
+    let agent = server.device(Role::Agent, "desk", &["site=a"]).await;
+    let technician = server.device(Role::Technician, "laptop", &["site=a"]).await;
+    let (mut anna, mut desk) = (dial(&technician).await, dial(&agent).await);
+    let (running, _) = open(&mut anna, &mut desk, "desk").await;
+    let grants = || server.audit().iter().filter(|line| line["event"] == "grant").count();
+    assert_eq!(grants(), 1);
+
+    let filler = disk.join("filler");
+    let mut byte = std::fs::write(&filler, vec![0; 64 << 20]);
+    assert!(byte.is_err(), "the disk is larger than it should be");
+    // To the last byte: the first write may have left a little.
+    while byte.is_ok() {
+        byte = std::fs::OpenOptions::new()
+            .append(true)
+            .open(&filler)
+            .and_then(|mut f| std::io::Write::write_all(&mut f, &[0]));
+    }
+    let start = Instant::now();
+    let request = || Up::Open(Open { request: 3, agent: "desk".into(), ..Open::default() });
+    anna.send(request()).await.expect("sends");
+    let Down::Refused(refused) = recv(&mut anna).await else { panic!("granted without a record") };
+    let took = start.elapsed();
+    assert_eq!(refused.code(), RefusedCode::Unavailable);
+    assert!(refused.message.contains("audit record"), "{}", refused.message);
+    assert!(took < Duration::from_secs(2), "refused only after {took:?}");
+    assert_eq!(grants(), 1, "and every line is whole");
+
+    // The running session goes on: candidates are passed on, tickets are renewed.
+    let candidates =
+        Candidates { session: running.session.clone(), candidates: vec![1], seen: String::new() };
+    anna.send(Up::Candidates(candidates)).await.expect("sends");
+    assert!(matches!(recv(&mut desk).await, Down::Candidates(_)));
+    anna.send(Up::Renew(Renew { session: running.session })).await.expect("sends");
+    for channel in [&mut anna, &mut desk] {
+        assert!(matches!(recv(channel).await, Down::Tickets(_)));
+    }
+
+    std::fs::remove_file(&filler).expect("makes room");
+    let start = Instant::now();
+    anna.send(request()).await.expect("sends");
+    assert!(matches!(recv(&mut anna).await, Down::Granted(_)), "not granted although there is room");
+    assert_eq!(grants(), 2);
+    println!("refused after {took:?}; granted again {:?} after there was room", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
