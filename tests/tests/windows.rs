@@ -1,12 +1,12 @@
-//! `adit.exe` under Wine: enrolled, as agent and as technician, on the relay and direct, against the real
-//! server and the other end on Linux. Everything on loopback.
+//! `adit.exe` under Wine: enrolled, as agent, as technician and as service, on the relay and direct, against the
+//! real server and the other end on Linux. Everything on loopback.
 //!
 //! `.ci/windows` builds it and runs this test, with [`EXE`] and [`WINE`] set. Without [`EXE`] there is no test
 //! here at all: on most machines there is no `adit.exe`.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
-use std::process::{Command, ExitCode};
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use adit_tests::process::{Process, fail_on_logged_errors, print_outputs};
@@ -42,12 +42,17 @@ fn main() -> ExitCode {
     let mut arguments = Arguments::from_args();
     // They share Wine's prefix, and measure.
     arguments.test_threads = Some(1);
-    let tests: [(&str, Test); 2] = [
+    let tests: [(&str, Test); 3] = [
         ("wine_agent_serves_a_linux_technician", |stage| stage.run(wine_agent)),
         ("wine_technician_reaches_a_linux_agent", |stage| stage.run(wine_technician)),
+        ("wine_runs_the_service", |stage| stage.run(wine_service)),
     ];
     let Some(exe) = std::env::var_os(EXE).map(PathBuf::from) else {
         return libtest_mimic::run(&arguments, Vec::new()).exit_code();
+    };
+    let Ok(_user) = User::start() else {
+        eprintln!("{WINE} is not set to the path of Wine");
+        return ExitCode::FAILURE;
     };
     let trials = tests.map(|(name, test)| {
         let exe = exe.clone();
@@ -112,6 +117,68 @@ async fn wine_technician(stage: &Stage) -> anyhow::Result<()> {
     stage.end(agent).await?;
     drop(server);
     Ok(())
+}
+
+/// Wine's service manager, not Windows': it knows neither accounts nor access lists.
+async fn wine_service(stage: &Stage) -> anyhow::Result<()> {
+    let server = stage.server().await?;
+    let echo = tcp_echo().await?;
+    let service = async |arguments: &[&str]| {
+        let arguments = [&["service"], arguments].concat();
+        let process = Process::here(stage.adit(System::Wine, &arguments, "agent")?)?;
+        process.finish(PATIENCE).await
+    };
+    // In the order of its help: the directory is made before a key is in it.
+    let installed = service(&["install"]).await?;
+    ensure!(installed.code == 0 && installed.stderr.contains("adit enroll"), "{installed:?}");
+    ensure!(service(&["status"]).await?.code == 1, "it runs without an identity");
+    stage.enrol(System::Wine, "agent", &[]).await?;
+    let data = stage.state.path().join("agent");
+    std::fs::write(data.join("config.toml"), format!("[agent]\nallow = [\"{echo}\"]\n"))?;
+    let started = service(&["install"]).await?;
+    ensure!(started.code == 0 && started.stdout.contains("started"), "{started:?}");
+    poll(PATIENCE, "the service to run", async || {
+        let status: Value =
+            serde_json::from_str(service(&["status", "--json"]).await.ok()?.stdout.trim()).ok()?;
+        (status["running"] == true && status["enabled"] == true && status["pid"].is_u64()).then_some(())
+    })
+    .await?;
+
+    stage.enrol(System::Linux, "technician", &["--all-agents"]).await?;
+    stage.list(System::Linux).await?;
+    let (forward, local) = stage.forward(System::Linux, echo, "relay", "relay").await?;
+    transfer(local, "Linux technician, relay, service under wine").await?;
+    let uninstalled = service(&["uninstall", "--purge"]).await?;
+    ensure!(uninstalled.code == 0, "{uninstalled:?}");
+    let reason = forward.event(PATIENCE, "closed", 0, |event| Some(event["reason"].clone())).await?;
+    println!("Wine: the service is gone, and the technician heard: {reason}");
+    ensure!(reason.as_str().is_some_and(|reason| reason.contains("stopped")), "{reason}");
+    let status = service(&["status", "--json"]).await?;
+    ensure!(status.code == 1 && status.stdout.contains("\"installed\":false"), "{status:?}");
+    ensure!(!data.exists(), "its state is left");
+    drop(server);
+    Ok(())
+}
+
+/// A process under Wine that waits for input. Wine ends everything, its services above all, soon after the last
+/// process that is no service.
+struct User(Child);
+
+impl User {
+    fn start() -> anyhow::Result<Self> {
+        let mut command = Command::new(std::env::var_os(WINE).context("not set")?);
+        command.arg("cmd.exe").env("WINEDEBUG", "-all");
+        command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        Ok(Self(command.spawn()?))
+    }
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        // Both fail only when it has ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// Where a program runs.
@@ -282,7 +349,7 @@ impl Stage {
         Noise::new(3).send(&mut noise, STDIO_BYTES).await?;
         let arguments = ["stdio", "agent", &target.to_string(), "--via", "relay"];
         let mut command = tokio::process::Command::from(self.adit(system, &arguments, "technician")?);
-        let pipe = std::process::Stdio::piped;
+        let pipe = Stdio::piped;
         let mut child = command.stdin(pipe()).stdout(pipe()).stderr(pipe()).kill_on_drop(true).spawn()?;
         let mut stdin = child.stdin.take().context("piped")?;
         let feeding = tokio::spawn(async move { stdin.write_all(&noise).await });

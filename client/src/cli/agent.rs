@@ -30,16 +30,16 @@ const EVENTS: usize = 256;
 )]
 pub(super) struct Agent {
     #[command(flatten)]
-    data: Data,
+    pub(super) data: Data,
     /// What technicians may reach from here. Can be given several times; goes before `[agent] allow` in
     /// config.toml of the state directory.
     /// Loopback, link-local and other special addresses need an entry that names them.
     /// [default: 127.0.0.1 and ::1 on 22, 3389, 5900]
     #[arg(long, value_name = "HOST:PORT[/udp]|CIDR:PORTS[/udp]", verbatim_doc_comment)]
-    allow: Vec<Entry>,
+    pub(super) allow: Vec<Entry>,
     /// Events as JSON, one object a line.
     #[arg(long)]
-    json: bool,
+    pub(super) json: bool,
 }
 
 impl Agent {

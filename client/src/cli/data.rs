@@ -14,7 +14,7 @@ use crate::identity::Live;
 #[derive(Debug, Args)]
 pub(super) struct Data {
     /// State directory [default: the platform's own, one each for agent and technician].
-    #[arg(long = "data", env = "ADIT_DATA", value_name = "DIR")]
+    #[arg(long = "data", env = "ADIT_DATA", value_name = "DIR", global = true)]
     dir: Option<PathBuf>,
 }
 

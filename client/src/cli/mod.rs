@@ -5,6 +5,7 @@ mod data;
 mod enroll;
 mod forward;
 mod ls;
+#[cfg_attr(windows, path = "service_windows.rs")]
 mod service;
 mod signals;
 mod status;
@@ -91,6 +92,11 @@ fn run(cli: Cli) -> Result<(), Failed> {
 }
 
 fn start_log(filter: Option<&str>, command: &Command) -> Result<(), CliError> {
+    #[cfg(windows)]
+    if matches!(command, Command::Service(service) if service.is_service()) {
+        // It has a log of its own.
+        return Ok(());
+    }
     // What ends a command is said once, as its error.
     let default = if matches!(command, Command::Agent(_)) { "info" } else { "error" };
     let filter = filter.filter(|filter| !filter.is_empty()).unwrap_or(default);
@@ -128,7 +134,7 @@ enum CliError {
     #[cfg(target_os = "linux")]
     #[error("{} holds no agent", dir.display())]
     NoAgent { dir: std::path::PathBuf, own: Option<std::path::PathBuf> },
-    #[cfg(not(target_os = "linux"))]
+    #[cfg(not(any(target_os = "linux", windows)))]
     #[error("this version cannot set up a service on this system")]
     NoService,
     #[error("this version has no redirector")]
@@ -151,7 +157,7 @@ impl Failure for CliError {
             | Self::UdpOnStdio(_) => Exit::Usage,
             #[cfg(target_os = "linux")]
             Self::NoAgent { .. } => Exit::Usage,
-            #[cfg(not(target_os = "linux"))]
+            #[cfg(not(any(target_os = "linux", windows)))]
             Self::NoService => Exit::Usage,
         }
     }
@@ -179,7 +185,7 @@ impl Failure for CliError {
             Self::NoAgent { dir, own: None } => {
                 format!("enrol it first: sudo adit enroll - --data {} < token", dir.display())
             }
-            #[cfg(not(target_os = "linux"))]
+            #[cfg(not(any(target_os = "linux", windows)))]
             Self::NoService => "run `adit agent` by other means".to_owned(),
             Self::NoRedirector => "use --via auto, direct or relay".to_owned(),
             Self::UdpOnStdio(_) => "use adit forward for UDP".to_owned(),
@@ -215,6 +221,7 @@ mod tests {
             "adit forward pc -L 127.0.0.1:0:127.0.0.1:3389 -L 5353:10.0.0.53:53/udp --data D --via relay --json",
             "adit stdio pc 127.0.0.1:22 --data D --via direct",
             "adit status --data D --json",
+            "adit service status --data D",
             "adit service install --dry-run",
             "adit service --data D uninstall --purge",
             "adit service status --json",

@@ -215,28 +215,12 @@ pub fn write(dir: &Path, file: &str, contents: &[u8], access: Access) -> Result<
 }
 
 /// Gives a file that root made to the owner of its directory: a service reads what an operator makes with
-/// sudo beside it. Does nothing for anybody else.
+/// sudo beside it. Does nothing for anybody else, nor on Windows, where files inherit who may read them.
 ///
 /// # Errors
 /// What the system said.
-#[cfg(unix)]
 pub fn hand_over(path: &Path) -> io::Result<()> {
-    use std::os::unix::fs::{MetadataExt, lchown};
-    let Some(dir) = path.parent() else { return Ok(()) };
-    let owner = fs::metadata(dir)?;
-    if owner.uid() == 0 || !rustix::process::geteuid().is_root() {
-        return Ok(());
-    }
-    lchown(path, Some(owner.uid()), Some(owner.gid()))
-}
-
-/// Gives nothing to nobody: only Unix has owners of this kind.
-///
-/// # Errors
-/// None.
-#[cfg(not(unix))]
-pub fn hand_over(_: &Path) -> io::Result<()> {
-    Ok(())
+    os::hand_over(path)
 }
 
 /// Makes `dir`, which only its owner may enter (Unix: mode 0700; Windows: and the administrators), if it is

@@ -2,7 +2,7 @@
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, lchown};
 use std::path::Path;
 use std::task::Poll;
 
@@ -42,6 +42,16 @@ pub(crate) fn create_private_dir(dir: &Path) -> io::Result<()> {
 /// A file that is made with these options is its owner's only (mode 0600), or everyone's to read (0644).
 pub(crate) fn set_access(options: &mut OpenOptions, owner_only: bool) {
     options.mode(if owner_only { 0o600 } else { 0o644 });
+}
+
+/// Gives a file that root made to the owner of its directory. Does nothing for anybody else.
+pub(crate) fn hand_over(path: &Path) -> io::Result<()> {
+    let Some(dir) = path.parent() else { return Ok(()) };
+    let owner = std::fs::metadata(dir)?;
+    if owner.uid() == 0 || !rustix::process::geteuid().is_root() {
+        return Ok(());
+    }
+    lchown(path, Some(owner.uid()), Some(owner.gid()))
 }
 
 /// What was renamed in `dir` is there after a power cut.

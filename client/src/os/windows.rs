@@ -109,6 +109,11 @@ fn icacls(dir: &Path, what: &[&str], whom: &[&str]) -> io::Result<()> {
 /// A file inherits from its directory who may read it.
 pub(crate) fn set_access(_: &mut OpenOptions, _owner_only: bool) {}
 
+/// A file inherits from its directory who may read it, whoever made it.
+pub(crate) fn hand_over(_: &Path) -> io::Result<()> {
+    Ok(())
+}
+
 /// Directories cannot be synchronised here; NTFS keeps a journal of renames.
 pub(crate) fn sync_dir(_: &Path) -> io::Result<()> {
     Ok(())

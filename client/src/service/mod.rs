@@ -1,7 +1,10 @@
 //! An adit program as a service of the system: set up, started, asked about, removed.
 //!
-//! One implementation for `adit-mediator install`, `adit-relay install` and `adit service`.
+//! One implementation for `adit-mediator install`, `adit-relay install` and `adit service` (`systemd`), and one
+//! for the agent on Windows.
 
+#[cfg(any(windows, test))]
+pub(crate) mod log_file;
 #[cfg(target_os = "linux")]
 mod plan;
 #[cfg(target_os = "linux")]

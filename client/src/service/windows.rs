@@ -13,6 +13,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use serde::Serialize;
 use tokio::sync::oneshot;
 use windows_service::define_windows_service;
 use windows_service::service::{
@@ -55,13 +56,19 @@ const NOT_BY_HAND: i32 = 1063;
 /// Completes when the service is to stop.
 pub type Stop = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// What the service manager knows about the service.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// How the service is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Status {
-    /// `running`, `stopped`, `starting`, `stopping` or `paused`.
-    pub state: &'static str,
-    /// Process id, while there is a process.
-    pub process: Option<u32>,
+    /// Its name.
+    pub service: &'static str,
+    /// There is such a service.
+    pub installed: bool,
+    /// It is started with the system.
+    pub enabled: bool,
+    /// It runs.
+    pub running: bool,
+    /// Its process.
+    pub pid: Option<u32>,
 }
 
 /// The state directory of the service: `%ProgramData%\adit\agent`.
@@ -139,24 +146,23 @@ pub fn uninstall() -> Result<(), ServiceError> {
     service.delete().map_err(refused("remove the service"))
 }
 
-/// Asks for the service; `None`: it is not installed.
+/// Asks the service manager. Needs no rights.
 ///
 /// # Errors
 /// [`ServiceError`].
-pub fn status() -> Result<Option<Status>, ServiceError> {
-    let service = match open(ServiceAccess::QUERY_STATUS) {
-        Err(ServiceError::NotInstalled) => return Ok(None),
+pub fn status() -> Result<Status, ServiceError> {
+    let mut status = Status { service: NAME, installed: false, enabled: false, running: false, pid: None };
+    let service = match open(ServiceAccess::QUERY_STATUS | ServiceAccess::QUERY_CONFIG) {
+        Err(ServiceError::NotInstalled) => return Ok(status),
         service => service?,
     };
-    let status = service.query_status().map_err(refused("tell about the service"))?;
-    let state = match status.current_state {
-        ServiceState::Running => "running",
-        ServiceState::Stopped => "stopped",
-        ServiceState::StartPending | ServiceState::ContinuePending => "starting",
-        ServiceState::StopPending => "stopping",
-        ServiceState::Paused | ServiceState::PausePending => "paused",
-    };
-    Ok(Some(Status { state, process: status.process_id.filter(|process| *process != 0) }))
+    let config = service.query_config().map_err(refused("tell about the service"))?;
+    let now = service.query_status().map_err(refused("tell about the service"))?;
+    status.installed = true;
+    status.enabled = config.start_type == ServiceStartType::AutoStart;
+    status.running = now.current_state == ServiceState::Running;
+    status.pid = now.process_id.filter(|process| *process != 0);
+    Ok(status)
 }
 
 /// Is the service: tells the service manager so and runs `agent`, which ends when [`Stop`] completes, on a
@@ -253,8 +259,11 @@ fn configure(service: &Service) -> windows_service::Result<()> {
         command: None,
         actions: Some(RESTARTS.map(restart).to_vec()),
     })?;
-    // An agent that ends with an error has failed, too.
-    service.set_failure_actions_on_non_crash_failures(true)
+    // An agent that ends with an error has failed, too. Wine does not know this setting.
+    if let Err(error) = service.set_failure_actions_on_non_crash_failures(true) {
+        tracing::warn!(error = %system(error), "the service is started again after a crash only");
+    }
+    Ok(())
 }
 
 /// Stops the service if it runs, and waits until it has stopped.
@@ -318,6 +327,9 @@ pub enum ServiceError {
     /// There is no such service.
     #[error("the service {NAME} is not installed")]
     NotInstalled,
+    /// It does not run.
+    #[error("the service {NAME} does not run")]
+    NotRunning,
     /// It goes on.
     #[error("the service {NAME} has not stopped within {} s", STOPPING.as_secs())]
     NotStopped,
@@ -343,7 +355,9 @@ pub enum ServiceError {
 impl Failure for ServiceError {
     fn exit(&self) -> Exit {
         match self {
-            Self::Manager { .. } | Self::Program(_) | Self::Directory { .. } => Exit::Failed,
+            Self::Manager { .. } | Self::Program(_) | Self::Directory { .. } | Self::NotRunning => {
+                Exit::Failed
+            }
             Self::NotInstalled | Self::InProfile(_) | Self::ByHand => Exit::Usage,
             Self::NotStopped => Exit::TimedOut,
         }
@@ -357,6 +371,7 @@ impl Failure for ServiceError {
                 "run it as an administrator".to_owned()
             }
             Self::Manager { .. } | Self::Program(_) | Self::Directory { .. } => return None,
+            Self::NotRunning => "see why: service.log in its state directory".to_owned(),
             Self::NotInstalled => "install it: adit service install".to_owned(),
             Self::NotStopped => "try again, or end its process".to_owned(),
             Self::InProfile(_) => {
