@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 /// Then the file becomes the old one, in the place of the one before.
+#[cfg(windows)]
 const MOST_BYTES: u64 = 4 << 20;
 
 /// Writes to `NAME`, and keeps what was there before in `NAME.old`.
@@ -21,6 +22,7 @@ impl LogFile {
     ///
     /// # Errors
     /// What the system said.
+    #[cfg(windows)]
     pub(crate) fn open(path: &Path) -> io::Result<Self> {
         Self::with_bound(path, MOST_BYTES)
     }
