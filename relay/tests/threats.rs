@@ -196,7 +196,11 @@ async fn row_03_wrong_session_leg_relay_or_time() {
 #[test]
 fn row_03_every_field_is_signed() {
     let fields = (0..10_u8, any::<[u8; 32]>(), any::<u64>());
-    let mut runner = TestRunner::new(ProptestConfig::with_cases(scale(10_000, 500)));
+    let mut runner = TestRunner::new(ProptestConfig {
+        cases: scale(10_000, 500),
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    });
     let outcome = runner.run(&fields, |(field, bytes, number)| {
         let good = ticket(Role::Technician, 1);
         let mut changed = good.clone();
