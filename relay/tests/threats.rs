@@ -91,7 +91,7 @@ async fn row_01_open_relay() {
         slowest = slowest.max(done.unwrap());
     }
     nothing_was_forwarded(&server.relay);
-    let (metrics, door) = (server.relay.metrics(), server.relay.door());
+    let metrics = server.relay.metrics();
     let looked_at: u64 = [Reason::Silent, Reason::Malformed, Reason::Signature, Reason::Possession]
         .map(|reason| metrics.refusals(reason))
         .iter()
@@ -101,7 +101,8 @@ async fn row_01_open_relay() {
     );
     assert_eq!(looked_at, u64::from(tries));
     assert!(slowest <= Duration::from_secs(5));
-    assert_eq!(door.unauthenticated(), 0);
+    // A refused one is here until it has seen that the other end hung up.
+    server.until(|relay| relay.door().unauthenticated() == 0).await;
     // The genuine leg, unharmed (its ten seconds may be over on a slow machine: then a new one).
     if server.relay.metrics().legs_waiting() == 0 {
         victim = server.leg(&ticket(Role::Agent, 1), b"secret").await;
@@ -196,7 +197,11 @@ async fn row_03_wrong_session_leg_relay_or_time() {
 #[test]
 fn row_03_every_field_is_signed() {
     let fields = (0..10_u8, any::<[u8; 32]>(), any::<u64>());
-    let mut runner = TestRunner::new(ProptestConfig::with_cases(scale(10_000, 500)));
+    let mut runner = TestRunner::new(ProptestConfig {
+        cases: scale(10_000, 500),
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    });
     let outcome = runner.run(&fields, |(field, bytes, number)| {
         let good = ticket(Role::Technician, 1);
         let mut changed = good.clone();

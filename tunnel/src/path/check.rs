@@ -191,7 +191,7 @@ impl Codec {
 
     /// The answer to a check of ours, whose transaction the caller knows. `None` when it is not authentic.
     pub(super) fn read_response(&self, datagram: &[u8]) -> Option<Response> {
-        let message = decode(&self.responses, datagram)?;
+        let message = decode(&self.responses, &self.remote.key, datagram)?;
         match message.class() {
             MessageClass::SuccessResponse => {
                 let mapped = message.get::<XorMappedAddress>()?.as_xor_mapped_address().ok()?;
@@ -202,7 +202,7 @@ impl Codec {
     }
 
     fn authentic_request(&self, datagram: &[u8]) -> Option<Request> {
-        let message = decode(&self.requests, datagram)?;
+        let message = decode(&self.requests, &self.local.key, datagram)?;
         let role = message.attributes().iter().find_map(|attribute| match attribute {
             StunAttribute::IceControlling(_) => Some(IceRole::Controlling),
             StunAttribute::IceControlled(_) => Some(IceRole::Controlled),
@@ -232,9 +232,9 @@ impl Codec {
 
 /// Decodes a message of the peer. With a context that validates, the decoder checks MESSAGE-INTEGRITY
 /// and FINGERPRINT where they are; here they must be there.
-fn decode(decoder: &MessageDecoder, datagram: &[u8]) -> Option<StunMessage> {
+fn decode(decoder: &MessageDecoder, key: &HMACKey, datagram: &[u8]) -> Option<StunMessage> {
     let expected = |kind: Option<u16>| kind.is_some_and(|kind| kind >= 0x8000 || EXPECTED.contains(&kind));
-    if !stun::attribute_types(datagram).all(expected) {
+    if !stun::attribute_types(datagram).all(expected) || !stun::is_authentic(datagram, key.as_bytes()) {
         return None;
     }
     let (message, _) = decoder.decode(datagram).ok()?;

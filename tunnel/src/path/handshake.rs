@@ -4,10 +4,10 @@
 //! that end's own ICE password.
 
 use adit_protocol::{Role, SessionId};
+use stun_rs::MessageDecoderBuilder;
 use stun_rs::attributes::stun::{MessageIntegrity, UserName};
-use stun_rs::{DecoderContextBuilder, HMACKey, MessageDecoderBuilder};
 
-use super::stun::is_stun;
+use super::stun::{is_authentic, is_stun};
 
 /// Session and role in the USERNAME of a request that claims to be a handshake.
 pub fn claims(request: &[u8]) -> Option<(SessionId, Role)> {
@@ -23,18 +23,14 @@ pub fn claims(request: &[u8]) -> Option<(SessionId, Role)> {
 
 /// Whether the request's MESSAGE-INTEGRITY was made with this password.
 pub fn proves(request: &[u8], password: &str) -> bool {
-    let Ok(key) = HMACKey::new_short_term(password) else { return false };
-    let context = DecoderContextBuilder::default().with_key(key).with_validation().build();
-    // Without the attribute there would be nothing to validate.
-    let decoded = MessageDecoderBuilder::default().with_context(context).build().decode(request);
-    decoded.is_ok_and(|(message, _)| message.get::<MessageIntegrity>().is_some())
+    is_authentic(request, password.as_bytes())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use stun_rs::methods::BINDING;
-    use stun_rs::{MessageClass, MessageEncoderBuilder, StunMessageBuilder};
+    use stun_rs::{HMACKey, MessageClass, MessageEncoderBuilder, StunMessageBuilder};
 
     fn request(username: &str, password: &str) -> Vec<u8> {
         let message = StunMessageBuilder::new(BINDING, MessageClass::Request)
