@@ -90,10 +90,10 @@ async fn used_up_token() -> anyhow::Result<()> {
 async fn wrong_fingerprint() -> anyhow::Result<()> {
     let world = up().await?;
     let token = world.token(&["--role", "agent"]).await?;
-    // The fingerprint comes first.
+    // The fingerprint begins with the second byte.
     let (head, rest) = token.split_once('.').context("a token has a dot")?;
-    let other = if rest.starts_with('A') { 'B' } else { 'A' };
-    let forged = format!("{head}.{other}{}", &rest[1..]);
+    let other = if rest[4..].starts_with('A') { 'B' } else { 'A' };
+    let forged = format!("{head}.{}{other}{}", &rest[..4], &rest[5..]);
     refused(&enrol(&world, &forged).await?, &[3], &["fingerprint"])?;
     // Nothing is lost: the true token was not used up.
     ensure!(enrol(&world, &token).await?.code == 0);

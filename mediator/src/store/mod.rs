@@ -10,9 +10,11 @@ pub mod device;
 pub mod enrol;
 pub mod revoke;
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use adit_client::identity::store::hand_over;
 use sqlx::SqlitePool;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
 
@@ -50,7 +52,10 @@ impl Store {
             .connect_with(options)
             .await
             .map_err(failed)?;
+        // Several programs may find an empty or an older database at the same moment.
+        let lock = lock(path)?;
         sqlx::migrate!().run(&pool).await.map_err(|error| failed(error.into()))?;
+        drop(lock);
         Ok(Self { pool })
     }
 
@@ -76,6 +81,17 @@ impl Store {
     pub async fn close(&self) {
         self.pool.close().await;
     }
+}
+
+/// One program at a time brings the database up to date; the lock ends with the file. Held for moments.
+fn lock(database: &Path) -> Result<File, Error> {
+    let path = database.with_extension("lock");
+    let locked = File::options().create(true).truncate(false).write(true).open(&path).and_then(|file| {
+        hand_over(&path)?;
+        file.lock()?;
+        Ok(file)
+    });
+    Ok(locked?)
 }
 
 // Tags and hosts hold no comma.

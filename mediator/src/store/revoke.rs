@@ -6,6 +6,7 @@ use sqlx::{Row, SqliteConnection};
 
 use super::device::read_device;
 use super::{Device, Store};
+use crate::organisation::unix_millis;
 
 /// A signed list as it is kept.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,7 +36,7 @@ impl Store {
         newest(&mut connection).await
     }
 
-    /// Makes a new list when devices were revoked since the newest one, numbered with the time (seconds since
+    /// Makes a new list when devices were revoked since the newest one, numbered with the time (milliseconds since
     /// 1970-01-01 UTC) or, if that is taken, with the number after the newest. Says whether there is a new one;
     /// `Unsigned` when that would take the enrolment key and it is not there.
     ///
@@ -55,7 +56,7 @@ impl Store {
         let Some(authority) = authority else { return Ok(Extended::Unsigned) };
         // Numbers follow the clock, so that a database restored from a backup goes on with numbers that no device
         // has seen: it would pass over a list numbered like one that it has.
-        let number = newest(&mut tx).await?.map_or(0, |list| list.number + 1).max(now);
+        let number = newest(&mut tx).await?.map_or(0, |list| list.number + 1).max(unix_millis());
         let keys: Vec<_> = revoked.iter().map(|device| (device.public_key, device.revoked)).collect();
         let der = authority.revocation_list(number, now, &keys).map_err(super::decode)?;
         sqlx::query("INSERT INTO revocations VALUES (?, ?)")
@@ -156,13 +157,16 @@ mod tests {
         assert!(!store.revoke(ids[0], 9).await.expect("is revoked"));
         assert_eq!(store.extend_list(None, 9).await.expect("works"), Extended::Unsigned);
         assert_eq!(store.newest_list().await.expect("reads"), None);
-        for (number, revoked) in [(9, 1), (10, 2)] {
-            assert_eq!(store.extend_list(Some(&authority), 9).await.expect("works"), Extended::To(number));
+        let mut last = 0;
+        for revoked in [1, 2] {
+            let extended = store.extend_list(Some(&authority), 9).await.expect("works");
+            let Extended::To(number) = extended else { panic!("{extended:?}") };
+            assert!(number > std::mem::replace(&mut last, number));
             assert_eq!(store.extend_list(Some(&authority), 9).await.expect("works"), Extended::Nothing);
             let list = store.newest_list().await.expect("reads").expect("is there");
             let list = Revocations::read(&list.der, authority.certificate()).expect("reads");
             assert_eq!((list.number, list.len()), (number, revoked));
-            assert!(list.has(&[1; 32]) && list.has(&[2; 32]) == (number == 10) && !list.has(&[3; 32]));
+            assert!(list.has(&[1; 32]) && list.has(&[2; 32]) == (revoked == 2) && !list.has(&[3; 32]));
             store.revoke(ids[1], 10).await.expect("revokes");
         }
         store.revoke(ids[2], 500).await.expect("revokes");
