@@ -61,11 +61,8 @@ impl Service {
                 is_enrolled(&dir)?;
                 print_line(&systemd::install(&AGENT, &setup, None)?);
             }
-            Action::Uninstall { purge, dry_run: true } => {
-                print_line(&systemd::planned_uninstall(&AGENT, &setup, purge));
-            }
-            Action::Uninstall { purge, dry_run: false } => {
-                print_line(&systemd::uninstall(&AGENT, &setup, purge)?);
+            Action::Uninstall { purge, dry_run } => {
+                print_line(&systemd::uninstall(&AGENT, &setup, purge, dry_run)?);
             }
             Action::Status { json } => {
                 let status = systemd::status(&AGENT, &setup)?;
@@ -74,7 +71,7 @@ impl Service {
                         &serde_json::to_string(&status).map_err(|error| CliError::Runtime(error.into()))?,
                     );
                 } else {
-                    print_line(&in_words(&status));
+                    print_line(&status.to_string());
                 }
                 if !status.running {
                     return Err(ServiceError::NotRunning(status.service).into());
@@ -118,19 +115,6 @@ fn is_enrolled(dir: &std::path::Path) -> Result<(), Failed> {
     }
 }
 
-#[cfg(target_os = "linux")]
-fn in_words(status: &crate::service::systemd::Status) -> String {
-    let not = |is| if is { "" } else { "not " };
-    let process = status.pid.map(|pid| format!(" (process {pid})")).unwrap_or_default();
-    format!(
-        "{}: {}installed, {}enabled, {}running{process}",
-        status.service,
-        not(status.installed),
-        not(status.enabled),
-        not(status.running)
-    )
-}
-
 #[cfg(not(target_os = "linux"))]
 impl Service {
     pub(super) fn run(self) -> Result<(), Failed> {
@@ -150,17 +134,5 @@ mod tests {
         assert!(line.starts_with("/usr/bin/adit agent "), "{line}");
         assert!(line.ends_with("--data /var/lib/adit-agent"), "{line}");
         Cli::try_parse_from(line.split(' ')).unwrap_or_else(|error| panic!("{line}: {error}"));
-    }
-
-    #[test]
-    fn status_is_said_in_words() {
-        let status = crate::service::systemd::Status {
-            service: "adit-agent",
-            installed: true,
-            enabled: false,
-            running: true,
-            pid: Some(7),
-        };
-        assert_eq!(in_words(&status), "adit-agent: installed, not enabled, running (process 7)");
     }
 }

@@ -13,7 +13,7 @@ use crate::events::{complain, print_line, printable};
 use crate::exit::{Exit, report};
 use crate::identity::store::{self, StoreError};
 use crate::log;
-use crate::service::windows::{self, ServiceError, Status};
+use crate::service::windows::{self, ServiceError};
 
 /// What the service logs when it is not told otherwise.
 const LOG: &str = "info";
@@ -78,7 +78,7 @@ impl Service {
                     let line = serde_json::to_string(&status);
                     print_line(&line.map_err(|error| CliError::Runtime(error.into()))?);
                 } else {
-                    print_line(&in_words(&status));
+                    print_line(&status.to_string());
                 }
                 if status.running { Ok(()) } else { Err(ServiceError::NotRunning.into()) }
             }
@@ -121,16 +121,4 @@ fn install(dir: &std::path::Path) -> Result<(), Failed> {
         ));
     }
     Ok(())
-}
-
-fn in_words(status: &Status) -> String {
-    let not = |is| if is { "" } else { "not " };
-    let process = status.pid.map(|pid| format!(" (process {pid})")).unwrap_or_default();
-    let Status { service, installed, enabled, running, .. } = *status;
-    format!(
-        "{service}: {}installed, {}enabled, {}running{process}",
-        not(installed),
-        not(enabled),
-        not(running)
-    )
 }

@@ -8,8 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
-
+use super::Status;
 use super::plan::{self, Found, Step};
 use crate::exit::{Exit, Failure};
 
@@ -128,40 +127,30 @@ pub fn planned_install(service: &Service, setup: &Setup) -> String {
     text(&plan::install(service, setup, &find(service)))
 }
 
-/// Stops and removes `service`; with `purge` its state in that directory and its user, too.
+/// Stops and removes `service`; with `purge` its state in that directory and its user, too. Gives the lines for
+/// people; with `dry_run` these are the steps, and none is taken.
 ///
 /// # Errors
-/// [`ServiceError`].
-pub fn uninstall(service: &Service, setup: &Setup, purge: bool) -> Result<String, ServiceError> {
+/// [`ServiceError`]; none with `dry_run`.
+pub fn uninstall(
+    service: &Service,
+    setup: &Setup,
+    purge: bool,
+    dry_run: bool,
+) -> Result<String, ServiceError> {
+    let found = find(service);
+    let steps = planned(service, setup, purge, &found);
+    if dry_run {
+        return Ok(text(&steps));
+    }
     booted(service, setup)?;
     root()?;
-    let found = find(service);
-    for step in planned(service, setup, purge, &found) {
+    for step in steps {
         take(&step)?;
     }
     let package = if found.packaged { "; its unit stays with the package" } else { "" };
     let state = if purge { ", and so are its state and user" } else { "" };
     Ok(format!("{} is removed{state}{package}", service.name))
-}
-
-/// What [`uninstall`] would do.
-pub fn planned_uninstall(service: &Service, setup: &Setup, purge: bool) -> String {
-    text(&planned(service, setup, purge, &find(service)))
-}
-
-/// How a service is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Status {
-    /// Name of the unit.
-    pub service: &'static str,
-    /// There is a unit.
-    pub installed: bool,
-    /// It is started with the system.
-    pub enabled: bool,
-    /// It runs and is ready.
-    pub running: bool,
-    /// Its process.
-    pub pid: Option<u32>,
 }
 
 /// Asks systemd. Needs no rights.

@@ -13,7 +13,6 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
 use tokio::sync::oneshot;
 use windows_service::define_windows_service;
 use windows_service::service::{
@@ -25,6 +24,7 @@ use windows_service::service_control_handler::{self, ServiceControlHandlerResult
 use windows_service::service_dispatcher;
 use windows_service::service_manager::{ServiceManager, ServiceManagerAccess};
 
+use super::Status;
 use crate::exit::{Exit, Failure};
 use crate::identity::store;
 use crate::os;
@@ -43,9 +43,13 @@ const RESTARTS: [Duration; 3] = [Duration::from_secs(2), Duration::from_secs(15)
 const FORGIVEN: Duration = Duration::from_secs(3600);
 /// How long it may take to stop: the technicians are told.
 const STOPPING: Duration = Duration::from_secs(20);
-/// Nobody announces that a service has stopped.
+/// How long the service manager may be busy with another service's start.
+const BUSY: Duration = Duration::from_secs(30);
+/// Nobody announces that a service has stopped, or that the service manager is free.
 const POLL: Duration = Duration::from_millis(100);
 
+/// ERROR_SERVICE_DATABASE_LOCKED: one service is started at a time.
+const DATABASE_LOCKED: i32 = 1055;
 /// ERROR_SERVICE_DOES_NOT_EXIST.
 const NO_SUCH_SERVICE: i32 = 1060;
 /// ERROR_SERVICE_NOT_ACTIVE.
@@ -55,21 +59,6 @@ const NOT_BY_HAND: i32 = 1063;
 
 /// Completes when the service is to stop.
 pub type Stop = Pin<Box<dyn Future<Output = ()> + Send>>;
-
-/// How the service is.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Status {
-    /// Its name.
-    pub service: &'static str,
-    /// There is such a service.
-    pub installed: bool,
-    /// It is started with the system.
-    pub enabled: bool,
-    /// It runs.
-    pub running: bool,
-    /// Its process.
-    pub pid: Option<u32>,
-}
 
 /// The state directory of the service: `%ProgramData%\adit\agent`.
 pub fn default_data() -> PathBuf {
@@ -132,7 +121,7 @@ pub fn install(data: &Path) -> Result<bool, ServiceError> {
     if store::load(&data).is_err() {
         return Ok(false);
     }
-    service.start::<OsString>(&[]).map_err(refused("start the service"))?;
+    start(&service)?;
     Ok(true)
 }
 
@@ -264,6 +253,19 @@ fn configure(service: &Service) -> windows_service::Result<()> {
         tracing::warn!(error = %system(error), "the service is started again after a crash only");
     }
     Ok(())
+}
+
+/// Starts the service, when no other one is being started any more.
+fn start(service: &Service) -> Result<(), ServiceError> {
+    let deadline = Instant::now() + BUSY;
+    loop {
+        match service.start::<OsString>(&[]) {
+            Err(error) if is(&error, DATABASE_LOCKED) && Instant::now() < deadline => {
+                std::thread::sleep(POLL);
+            }
+            started => return started.map_err(refused("start the service")),
+        }
+    }
 }
 
 /// Stops the service if it runs, and waits until it has stopped.

@@ -6,12 +6,14 @@ mod unix;
 #[cfg(windows)]
 mod windows;
 
+use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use adit_protocol::SessionId;
 use serde::{Deserialize, Serialize};
+use tokio::task::AbortHandle;
 use tokio::time::timeout;
 #[cfg(unix)]
 use unix as system;
@@ -22,8 +24,6 @@ use crate::events::millis;
 use crate::exit::{Exit, Failure};
 use crate::tunnel::{CarrierInfo, Tunnel};
 
-pub use system::Server;
-
 /// Where a process leaves what leads to it, below its state directory.
 const RUN: &str = "run";
 /// How long a process may take to answer, or to be read by who asked.
@@ -32,6 +32,20 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const MAX_DOCUMENT: u64 = 4 << 20;
 /// Pause after an error that the next accept may meet again.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(500);
+
+/// A served status; ends when dropped.
+#[derive(Debug)]
+pub struct Server {
+    path: PathBuf,
+    task: AbortHandle,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.task.abort();
+        let _ = fs::remove_file(&self.path);
+    }
+}
 
 /// One session, as its process knows it.
 #[derive(Debug, Clone)]

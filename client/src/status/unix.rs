@@ -4,32 +4,17 @@
 use std::fs::{self, Permissions};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
-use super::{ACCEPT_PAUSE, Document, MAX_DOCUMENT, PATIENCE};
+use super::{ACCEPT_PAUSE, Document, MAX_DOCUMENT, PATIENCE, Server};
 use crate::identity::store::create_private_dir;
 
 /// Of the socket's name.
 pub(super) const EXTENSION: &str = "sock";
-
-/// A served status; ends when dropped.
-#[derive(Debug)]
-pub struct Server {
-    path: PathBuf,
-    task: AbortHandle,
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.task.abort();
-        let _ = fs::remove_file(&self.path);
-    }
-}
 
 /// Serves the document on a socket in `run`.
 pub(super) fn serve(run: &Path, document: impl Fn() -> Document + Send + 'static) -> io::Result<Server> {

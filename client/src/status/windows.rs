@@ -7,15 +7,14 @@
 
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::windows::named_pipe::{ClientOptions, NamedPipeClient, NamedPipeServer, ServerOptions};
-use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
-use super::{ACCEPT_PAUSE, Document, MAX_DOCUMENT, PATIENCE};
+use super::{ACCEPT_PAUSE, Document, MAX_DOCUMENT, PATIENCE, Server};
 use crate::identity::store::{self, Access};
 
 /// Of the file with the pipe's name.
@@ -31,20 +30,6 @@ const END: u8 = b'\n';
 const BUSY: i32 = 231;
 /// How often a busy pipe is tried.
 const BUSY_PAUSE: Duration = Duration::from_millis(20);
-
-/// A served status; ends when dropped.
-#[derive(Debug)]
-pub struct Server {
-    path: PathBuf,
-    task: AbortHandle,
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.task.abort();
-        let _ = fs::remove_file(&self.path);
-    }
-}
 
 /// Serves the document on a pipe whose name stands in `run`.
 pub(super) fn serve(run: &Path, document: impl Fn() -> Document + Send + 'static) -> io::Result<Server> {
