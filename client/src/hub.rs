@@ -1,7 +1,7 @@
 //! What an agent and a technician have in common: the control channel, the sessions on it, and the
 //! one UDP socket for direct paths.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -26,6 +26,8 @@ use crate::via::Via;
 
 /// Messages about one session that may wait for it.
 const SESSION_QUEUE: usize = 64;
+/// Ended sessions that are remembered: an offer and its end stand close together.
+const MAX_ENDED: usize = SESSION_QUEUE;
 /// How long the mediator may take to answer.
 const ANSWER: Duration = Duration::from_secs(10);
 /// Ports of the direct path while the mediator has not said which.
@@ -42,11 +44,19 @@ pub struct Hub {
     _reader: tokio::task::JoinHandle<()>,
 }
 
-type Sessions = Arc<Mutex<HashMap<SessionId, Entry>>>;
+type Sessions = Arc<Mutex<Known>>;
+
+#[derive(Default)]
+struct Known {
+    open: HashMap<SessionId, Entry>,
+    /// Ended by the mediator before they were open here: the newest ones.
+    ended: VecDeque<SessionId>,
+}
 
 struct Entry {
     peer: DeviceId,
     peer_key: Vec<u8>,
+    tunnel: Tunnel,
     downs: mpsc::Sender<Down>,
 }
 
@@ -125,7 +135,7 @@ impl Hub {
 
     /// Starts this end of a session that was granted. `called` is the name or device id that the user
     /// asked for: whatever the mediator says, the other end's certificate must have it. `None`: the grant
-    /// makes no sense.
+    /// makes no sense, or was taken back.
     pub fn open_session(
         &self,
         end: End,
@@ -140,8 +150,12 @@ impl Hub {
             _ => Arc::default(),
         };
         let (sender, downs) = mpsc::channel(SESSION_QUEUE);
-        lock(&self.sessions).insert(id, Entry { peer, peer_key: grant.peer_key.clone(), downs: sender });
-        let peer_name = grant.peer_name.clone();
+        let (peer_name, peer_key) = (grant.peer_name.clone(), grant.peer_key.clone());
+        // Nothing is heard of it meanwhile.
+        let mut sessions = lock(&self.sessions);
+        if sessions.ended.contains(&id) {
+            return None;
+        }
         let (tunnel, mut inner) = session::start(Parts {
             identity: self.identity.get(),
             end,
@@ -155,6 +169,8 @@ impl Hub {
             downs,
             grant,
         });
+        sessions.open.insert(id, Entry { peer, peer_key, tunnel: tunnel.clone(), downs: sender });
+        drop(sessions);
         // The session is forgotten here when it is over there.
         let (outer, events) = mpsc::channel(SESSION_QUEUE);
         let sessions = self.sessions.clone();
@@ -169,7 +185,7 @@ impl Hub {
                     break;
                 }
             }
-            lock(&sessions).remove(&id);
+            lock(&sessions).open.remove(&id);
         });
         Some(OpenSession { id, peer_name, tunnel, events })
     }
@@ -233,13 +249,16 @@ async fn read(
             Down::Agents(agents) => (agents.request, None),
             Down::Granted(grant) => (grant.request, None),
             Down::Refused(refused) => (refused.request, None),
+            Down::Closed(closed) => {
+                close(closed, &sessions);
+                continue;
+            }
             Down::Candidates(candidates) => (0, Some(&candidates.session)),
-            Down::Closed(closed) => (0, Some(&closed.session)),
             Down::Tickets(tickets) => (0, Some(&tickets.session)),
         };
         if let Some(session) = session {
             let id = SessionId::try_from(&session[..]).ok();
-            let sender = id.and_then(|id| lock(&sessions).get(&id).map(|entry| entry.downs.clone()));
+            let sender = id.and_then(|id| lock(&sessions).open.get(&id).map(|entry| entry.downs.clone()));
             if let Some(sender) = sender {
                 // A session that does not keep up loses candidates, which are said again.
                 let _ = sender.try_send(down);
@@ -252,14 +271,24 @@ async fn read(
     }
 }
 
+/// Ends the session that the mediator ends: at once, or before it begins.
+fn close(closed: &Closed, sessions: &Sessions) {
+    let Ok(id) = SessionId::try_from(&closed.session[..]) else { return };
+    let mut sessions = lock(sessions);
+    match sessions.open.get(&id) {
+        Some(entry) => entry.tunnel.close(&closed.reason),
+        None => {
+            sessions.ended.truncate(MAX_ENDED - 1);
+            sessions.ended.push_front(id);
+        }
+    }
+}
+
 /// Ends every session whose other end is on the list.
 fn close_revoked(list: &Revocations, sessions: &Sessions) {
-    for (id, entry) in lock(sessions).iter() {
+    for entry in lock(sessions).open.values() {
         if <[u8; 32]>::try_from(&entry.peer_key[..]).is_ok_and(|key| list.has(&key)) {
-            let reason = "the other device was revoked".to_owned();
-            let closed = Closed { session: id.as_bytes().to_vec(), reason, ..Closed::default() };
-            // A full queue: then it is the mediator's word that ends it.
-            let _ = entry.downs.try_send(Down::Closed(closed));
+            entry.tunnel.close("the other device was revoked");
         }
     }
 }
@@ -269,7 +298,7 @@ fn live_sessions(sessions: &Sessions) -> Vec<LiveSession> {
         session: id.as_bytes().to_vec(),
         peer: entry.peer.as_bytes().to_vec(),
     };
-    lock(sessions).iter().map(live).collect()
+    lock(sessions).open.iter().map(live).collect()
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

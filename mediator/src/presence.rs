@@ -9,7 +9,6 @@
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use adit_client::identity::Peer;
 use adit_protocol::control::{Down, ToDevice};
@@ -17,6 +16,7 @@ use adit_protocol::{DeviceId, Role};
 use dashmap::DashMap;
 use tokio::sync::{Notify, mpsc};
 
+use crate::organisation::unix_now;
 use crate::store::Device;
 
 /// Channels that one technician may have at once.
@@ -60,10 +60,13 @@ impl Channel {
         sent
     }
 
-    /// Queues news that one device has for another, or drops it: the receiver must not lose its channel
-    /// because the sender floods it, and what matters is said again.
+    /// Queues news that one device has for another, or drops it: what matters is said again. It takes half of
+    /// the queue at most: the receiver must not lose its channel, or what we have to say, because the sender
+    /// floods it.
     pub fn pass_on(&self, message: Down) {
-        let _ = self.outgoing.try_send(ToDevice { message: Some(message) });
+        if self.outgoing.capacity() * 2 > self.outgoing.max_capacity() {
+            let _ = self.outgoing.try_send(ToDevice { message: Some(message) });
+        }
     }
 
     /// The newest certificate that the device has or was sent.
@@ -131,7 +134,7 @@ impl Presence {
     pub fn channel(&self, arrival: Arrival, outgoing: mpsc::Sender<ToDevice>) -> Channel {
         let id = ChannelId(self.next.fetch_add(1, Ordering::Relaxed));
         let Arrival { device, certificate, from, instance } = arrival;
-        let since = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
+        let since = unix_now();
         let certificate = Arc::new(Mutex::new(certificate));
         Channel {
             id,

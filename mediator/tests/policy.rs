@@ -5,12 +5,16 @@ mod common;
 
 use std::process::{Command, Output};
 
-use adit_client::control::{ControlChannel, Ended, hello};
+use adit_client::control::{ControlChannel, Ended, State, hello};
 use adit_client::exit::{Exit, Failure};
+use adit_client::hub::Hub;
 use adit_client::identity::revocation::Revocations;
 use adit_client::identity::{Identity, Live};
+use adit_client::session::SessionEvent;
+use adit_client::via::Via;
 use adit_protocol::Role;
-use adit_protocol::control::{Down, List, Up};
+use adit_protocol::control::{Closed, Down, Grant, List, Open, Up};
+use adit_tunnel::session::End;
 use common::{PATIENCE, Server, dial, open, recv, wanted};
 use serde_json::Value;
 use tokio::time::timeout;
@@ -409,4 +413,55 @@ async fn devices_tells_what_there_is_to_know() {
     );
     assert!(!done(&server, "devices --tag site=b").contains("desk"));
     channel.close().await;
+}
+
+/// A technician's hub, and a session with the agent `desk` that it was granted.
+async fn granted(technician: Identity) -> (Hub, Grant) {
+    let (hub, _) = Hub::start(Live::new(technician));
+    let mut state = hub.control().state();
+    let connected = state.wait_for(|state| matches!(state, State::Connected(_)));
+    timeout(PATIENCE, connected).await.expect("in time").expect("runs");
+    let open = |request| Up::Open(Open { request, agent: "desk".into(), ..Open::default() });
+    let Ok(Down::Granted(grant)) = hub.request(open).await else { panic!("not granted") };
+    (hub, grant)
+}
+
+#[tokio::test]
+async fn a_session_ends_with_the_mediators_refusal_of_its_device() {
+    let mut server = Server::start().await;
+    let desk = server.device(Role::Agent, "desk", &["site=a"]).await;
+    let anna = server.device(Role::Technician, "anna", &["site=a"]).await;
+    let _desk = dial(&desk).await;
+    let (hub, grant) = granted(anna).await;
+    let mut session = hub.open_session(End::Technician, grant, Via::Relay, None).expect("a session");
+    // Revoked while there is no channel that could say so.
+    server.stop().await;
+    done(&server, "revoke anna");
+    server.run().await.expect("runs again");
+    let closed = async {
+        loop {
+            if let SessionEvent::Closed { reason } = session.events.recv().await.expect("runs") {
+                return reason;
+            }
+        }
+    };
+    let reason = timeout(PATIENCE, closed).await.expect("in time");
+    assert!(reason.contains("revoked"), "{reason}");
+}
+
+#[tokio::test]
+async fn an_end_that_overtakes_its_session_is_not_forgotten() {
+    let server = Server::start().await;
+    let desk = server.device(Role::Agent, "desk", &["site=a"]).await;
+    let anna = server.device(Role::Technician, "anna", &["site=a"]).await;
+    let mut desk = dial(&desk).await;
+    let (hub, grant) = granted(anna).await;
+    let Down::Offer(_) = recv(&mut desk).await else { panic!("no offer") };
+    let closed = Closed { session: grant.session.clone(), reason: "no".into(), ..Closed::default() };
+    desk.send(Up::Closed(closed)).await.expect("sends");
+    // The answers stand behind it on both channels.
+    desk.send(Up::List(List { request: 1 })).await.expect("sends");
+    assert!(matches!(recv(&mut desk).await, Down::Refused(_)));
+    hub.request(|request| Up::List(List { request })).await.expect("an answer");
+    assert!(hub.open_session(End::Technician, grant, Via::Relay, None).is_none());
 }

@@ -147,7 +147,7 @@ impl<H: Fn() -> Hello + Send + 'static> Keeper<H> {
                             }
                         }
                         let servers = channel.welcome.servers.clone();
-                        self.identity.take(Some(Update { certificate: vec![], servers }), None);
+                        self.identity.take_update(Update { certificate: vec![], servers });
                         self.state.send_replace(State::Connected(Arc::new(channel.welcome.clone())));
                         let Served::Lost(ended) = self.serve(channel).await else { return };
                         if since.elapsed() >= GOOD {
@@ -179,9 +179,8 @@ impl<H: Fn() -> Hello + Send + 'static> Keeper<H> {
         loop {
             tokio::select! {
                 command = self.outgoing.recv() => match command {
-                    Some(Command::Send(message)) => if channel.send(message).await.is_err() {
-                        return Served::Lost(channel.recv().await.err().unwrap_or(Ended::Silent));
-                    },
+                    // Where that fails, what came before the end is still read, and says why.
+                    Some(Command::Send(message)) => drop(channel.send(message).await),
                     Some(Command::Close(_done)) => {
                         channel.close().await;
                         return Served::Unwanted;
@@ -189,11 +188,9 @@ impl<H: Fn() -> Hello + Send + 'static> Keeper<H> {
                     None => return Served::Unwanted,
                 },
                 message = channel.recv() => match message {
-                    Ok(Down::Update(update)) => {
-                        self.identity.take(Some(update), None);
-                    }
+                    Ok(Down::Update(update)) => self.identity.take_update(update),
                     // News only when it is newer.
-                    Ok(Down::Revocations(list)) if !self.identity.take(None, Some(&list.list)) => {}
+                    Ok(Down::Revocations(list)) if !self.identity.take_list(&list.list) => {}
                     Ok(message) => if self.down.send(message).await.is_err() {
                         return Served::Unwanted;
                     },

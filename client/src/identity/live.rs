@@ -47,11 +47,6 @@ impl Live {
         self.identity.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The state directory.
-    pub fn dir(&self) -> Option<&Path> {
-        self.dir.as_deref()
-    }
-
     /// Takes a new certificate and new servers. A certificate for another device, role or key, or one that
     /// our root has not signed, is refused.
     ///
@@ -99,18 +94,19 @@ impl Live {
         Ok(true)
     }
 
-    /// Does what [`Live::update`] and [`Live::revoke`] do with what the mediator sent; what is wrong with it is
-    /// logged. Says whether there is a newer list.
-    pub(crate) fn take(&self, update: Option<Update>, list: Option<&[u8]>) -> bool {
-        if let Some(update) = update
-            && let Err(error) = self.update(update)
-        {
+    /// [`Live::update`] with what the mediator sent; what is wrong with it is logged.
+    pub(crate) fn take_update(&self, update: Update) {
+        if let Err(error) = self.update(update) {
             warn!(%error, "the mediator's change of this device's identity was not taken");
         }
-        match list.map(|list| self.revoke(list)) {
-            None => false,
-            Some(Ok(newer)) => newer,
-            Some(Err(error)) => {
+    }
+
+    /// [`Live::revoke`] with what the mediator sent; what is wrong with it is logged. Says whether the list is
+    /// newer.
+    pub(crate) fn take_list(&self, list: &[u8]) -> bool {
+        match self.revoke(list) {
+            Ok(newer) => newer,
+            Err(error) => {
                 warn!(%error, "the mediator's list of revoked certificates");
                 !matches!(error, ChangeError::List(_))
             }

@@ -20,6 +20,7 @@ use tracing::{debug, info, warn};
 
 use crate::control::maintain::{Control, State};
 use crate::direct::{DirectEndpoint, DirectEvent, DirectSession, SessionConfig};
+use crate::exit::Exit;
 use crate::identity::{Identity, Peer};
 use crate::tunnel::{CarrierInfo, Flow, Notice, Tunnel, TunnelStream, quic_carrier};
 use crate::via::Via;
@@ -183,12 +184,16 @@ impl Runner {
                 event = direct_event(&mut self.direct) => self.on_direct(event),
                 () = relays_progress(&mut self.relays) => {}
                 Some(_) = self.quic.join_next() => {}
-                Ok(()) = control_state.changed(), if lacks_tickets => asked_at = None,
+                Ok(()) = control_state.changed() => asked_at = None,
                 () = sleep_until(ask_again) => asked_at = None,
                 () = sleep_until(deadline) => self.on_deadline(),
                 () = self.events.closed() => self.tunnel.close("closed by its user"),
             }
-            let connected = matches!(*control_state.borrow_and_update(), State::Connected(_));
+            let (connected, refused) = match &*control_state.borrow_and_update() {
+                State::Connected(_) => (true, None),
+                State::Disconnected { reason, exit: Exit::Refused, .. } => (false, Some(reason.clone())),
+                _ => (false, None),
+            };
             let lacks_tickets = self.relays.as_ref().is_some_and(Relays::lacks_tickets);
             if !lacks_tickets {
                 asked_at = None;
@@ -201,6 +206,11 @@ impl Runner {
                 self.closing.get_or_insert_with(|| "the session is over".to_owned());
             }
             let alone = self.tunnel.carriers().is_empty();
+            // Without a mediator that knows this device there will be no other way. The mediator's own word for the
+            // end of this session may have been lost with its connection.
+            if let Some(reason) = refused.filter(|_| alone) {
+                self.tunnel.close(&reason);
+            }
             self.alone_since = if alone { self.alone_since.or(Some(Instant::now())) } else { None };
         }
         self.end().await;
@@ -257,7 +267,6 @@ impl Runner {
             Down::Tickets(tickets) => {
                 self.relays.iter_mut().for_each(|r| r.on_tickets(tickets.relays.clone()))
             }
-            Down::Closed(closed) => self.tunnel.close(&closed.reason),
             _ => {}
         }
     }
