@@ -111,11 +111,12 @@ async fn take_offer(
     let granted: Vec<Target> = offer.targets.iter().filter_map(|target| target.parse().ok()).collect();
     let via: Via = offer.via.parse().unwrap_or_default();
     let opened = if running < MAX_SESSIONS { hub.open_session(End::Agent, offer, via, None) } else { None };
-    let answer = Answer {
-        session: id,
-        accepted: opened.is_some(),
-        reason: if opened.is_some() { String::new() } else { format!("{running} sessions are open") },
+    let reason = match &opened {
+        Some(_) => String::new(),
+        None if running < MAX_SESSIONS => "it was ended before it began".to_owned(),
+        None => format!("{running} sessions are open"),
     };
+    let answer = Answer { session: id, accepted: opened.is_some(), reason };
     let _ = hub.control().send(Up::Answer(answer)).await;
     let session = opened?;
     info!(session = %session.id, technician = session.peer_name, "session opened");

@@ -1,12 +1,13 @@
 //! `adit agent`.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use adit_protocol::{Role, SessionId};
 use clap::Args;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
+use tracing::info;
 
 use super::data::Data;
 use super::{Failed, signals};
@@ -14,6 +15,7 @@ use crate::agent::{self, AgentEvent};
 use crate::allow::{AllowList, Entry};
 use crate::config::Config;
 use crate::events::{Event, Events};
+use crate::os;
 use crate::service;
 use crate::session::SessionEvent;
 use crate::status::{self, SessionInfo};
@@ -23,7 +25,8 @@ const EVENTS: usize = 256;
 
 /// Serve technicians on this machine: connect them to the targets on the allow list.
 ///
-/// It runs until Ctrl-C, which closes all connections and sessions (exit code 0), and reconnects for ever.
+/// It runs until Ctrl-C, which closes all connections and sessions (exit code 0), and reconnects for ever. At
+/// SIGUSR1 it ends as soon as no session is open: so an upgrade cuts nobody off.
 #[derive(Debug, Args)]
 #[command(
     after_help = "Example: adit agent --allow 127.0.0.1:22 --allow 192.168.1.0/24:80,443 --allow dns.local:53/udp"
@@ -50,11 +53,9 @@ impl Agent {
     /// Runs the agent until `stop` completes, and then until the technicians know.
     pub(super) async fn run_until(self, stop: impl Future<Output = ()>) -> Result<(), Failed> {
         let (dir, identity) = self.data.identity(Role::Agent)?;
-        let allow = match (self.allow, Config::load(&dir)?.agent.allow) {
-            (entries, None) if entries.is_empty() => AllowList::default(),
-            (entries, Some(written)) if entries.is_empty() => written.into_iter().collect(),
-            (entries, _) => entries.into_iter().collect(),
-        };
+        let written = Config::load(&dir)?.agent.allow;
+        let given = Some(self.allow).filter(|entries| !entries.is_empty());
+        let allow = given.or(written).map_or_else(AllowList::default, AllowList::from_iter);
         let events = Events::new(self.json);
         let entries: Vec<String> = allow.entries().iter().map(Entry::to_string).collect();
         events.emit(&Event::Allowing { entries: &entries });
@@ -66,15 +67,28 @@ impl Agent {
 
         service::ready();
         let (sender, mut receiver) = mpsc::channel(EVENTS);
-        let telling = async move {
+        let telling = async {
             while let Some(event) = receiver.recv().await {
                 sessions.note(&event);
                 tell(events, &event);
             }
         };
+        let stop = async {
+            tokio::select! {
+                () = stop => {}
+                () = retired(&sessions) => {}
+            }
+        };
         tokio::join!(agent::run(identity, Arc::new(allow), sender, stop), telling);
         Ok(())
     }
+}
+
+/// Completes when this process was asked to make way for a new one and no session is open.
+async fn retired(sessions: &Sessions) {
+    os::asked_to_retire().await;
+    info!(sessions = sessions.0.borrow().len(), "this agent ends when no session is open");
+    sessions.none().await;
 }
 
 fn tell(events: Events, event: &AgentEvent) {
@@ -91,20 +105,19 @@ fn tell(events: Events, event: &AgentEvent) {
 
 /// The sessions that are running, for the status.
 #[derive(Debug, Default)]
-struct Sessions(Mutex<HashMap<SessionId, SessionInfo>>);
+struct Sessions(watch::Sender<HashMap<SessionId, SessionInfo>>);
 
 impl Sessions {
     fn note(&self, event: &AgentEvent) {
-        let mut sessions = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match event {
             AgentEvent::Opened { session, peer, tunnel } => {
                 let since = SystemTime::now();
                 let info =
                     SessionInfo { session: *session, peer: peer.clone(), since, tunnel: tunnel.clone() };
-                sessions.insert(*session, info);
+                self.0.send_modify(|sessions| drop(sessions.insert(*session, info)));
             }
             AgentEvent::Session { session, event: SessionEvent::Closed { .. }, .. } => {
-                sessions.remove(session);
+                self.0.send_modify(|sessions| drop(sessions.remove(session)));
             }
             _ => {}
         }
@@ -112,9 +125,14 @@ impl Sessions {
 
     /// Oldest first.
     fn all(&self) -> Vec<SessionInfo> {
-        let sessions = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut all: Vec<SessionInfo> = sessions.values().cloned().collect();
+        let mut all: Vec<SessionInfo> = self.0.borrow().values().cloned().collect();
         all.sort_by_key(|info| info.since);
         all
+    }
+
+    /// Waits until there is none.
+    async fn none(&self) {
+        // Its sender is `self`.
+        let _ = self.0.subscribe().wait_for(HashMap::is_empty).await;
     }
 }

@@ -14,6 +14,6 @@ use windows as system;
 pub(crate) use windows::{in_profile, take_over};
 
 pub(crate) use system::{
-    COLOURS, Signals, create_private_dir, hand_over, limit_unsent, machine_name, out_of_descriptors,
-    set_access, sync_dir,
+    COLOURS, Signals, asked_to_retire, create_private_dir, hand_over, limit_unsent, machine_name,
+    out_of_descriptors, set_access, sync_dir,
 };

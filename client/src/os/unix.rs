@@ -34,6 +34,16 @@ impl Signals {
     }
 }
 
+/// Completes at SIGUSR1. From the first poll on it does not end the process by itself.
+pub(crate) async fn asked_to_retire() {
+    match signal(SignalKind::user_defined1()) {
+        Ok(mut signal) => {
+            signal.recv().await;
+        }
+        Err(_) => std::future::pending().await,
+    }
+}
+
 /// Makes `dir`, and what leads to it, with mode 0700.
 pub(crate) fn create_private_dir(dir: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir)

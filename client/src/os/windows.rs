@@ -65,6 +65,11 @@ impl Signals {
     }
 }
 
+/// Never completes: there is no such signal.
+pub(crate) async fn asked_to_retire() {
+    std::future::pending().await
+}
+
 /// Makes `dir`, and what leads to it, for its owner and the administrators.
 pub(crate) fn create_private_dir(dir: &Path) -> io::Result<()> {
     std::fs::create_dir_all(dir)?;
