@@ -4,15 +4,23 @@ use std::io::{IsTerminal, stderr};
 #[cfg(windows)]
 use std::{io, path::Path, sync::Mutex};
 
-use tracing_subscriber::EnvFilter;
+use tracing::Level;
+use tracing_subscriber::filter::{EnvFilter, FilterExt, filter_fn};
+use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::util::SubscriberInitExt;
 
+use crate::exit::{Exit, Failure};
 use crate::os;
 #[cfg(windows)]
 use crate::service::log_file::LogFile;
 
-/// Libraries that log what they carry: messages of the control channel hold tickets and session passwords. No
-/// filter of the user's brings that back.
-const CARRIERS: [&str; 4] = ["tungstenite=info", "tokio_tungstenite=info", "sqlx=info", "hyper=info"];
+/// Libraries that log what they carry below INFO: messages of the control channel hold tickets and session
+/// passwords. No filter of the user's brings that back.
+const CARRIERS: [&str; 4] = ["tungstenite", "tokio_tungstenite", "sqlx", "hyper"];
+
+/// Where servers find their filter.
+const VARIABLE: &str = "ADIT_LOG";
 
 /// Starts logging what `filter` says, for example `info` or `warn,adit_client=trace`. A program that embeds this
 /// one may log already: then nothing changes.
@@ -20,9 +28,16 @@ const CARRIERS: [&str; 4] = ["tungstenite=info", "tokio_tungstenite=info", "sqlx
 /// # Errors
 /// [`InvalidFilter`].
 pub fn start(filter: &str) -> Result<(), InvalidFilter> {
-    let log = tracing_subscriber::fmt().with_env_filter(parse(filter)?).with_writer(stderr);
-    let _ = log.with_ansi(os::COLOURS && stderr().is_terminal()).try_init();
-    Ok(())
+    init(filter, os::COLOURS && stderr().is_terminal(), stderr)
+}
+
+/// As [`start`], with what the environment variable `ADIT_LOG` says, or `info`: for servers.
+///
+/// # Errors
+/// [`InvalidVariable`].
+pub fn start_as_environment_says() -> Result<(), InvalidVariable> {
+    let filter = std::env::var(VARIABLE).ok().filter(|filter| !filter.is_empty());
+    start(filter.as_deref().unwrap_or("info")).map_err(|_| InvalidVariable(filter.unwrap_or_default()))
 }
 
 /// As [`start`], for a service that has no standard error: to the file at `path`, within a bound.
@@ -31,18 +46,38 @@ pub fn start(filter: &str) -> Result<(), InvalidFilter> {
 /// What the system said about the file.
 #[cfg(windows)]
 pub(crate) fn start_in_file(filter: &str, path: &Path) -> io::Result<()> {
-    let filter = parse(filter).map_err(io::Error::other)?;
-    let file = Mutex::new(LogFile::open(path)?);
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(file).with_ansi(false).try_init();
+    init(filter, false, Mutex::new(LogFile::open(path)?)).map_err(io::Error::other)
+}
+
+/// Lines of what `filter` says on `writer`, once for this process.
+fn init(
+    filter: &str,
+    colours: bool,
+    writer: impl for<'a> MakeWriter<'a> + Send + Sync + 'static,
+) -> Result<(), InvalidFilter> {
+    let wanted = EnvFilter::builder().parse(filter).map_err(|_| InvalidFilter)?;
+    let harmless = filter_fn(|metadata| {
+        *metadata.level() <= Level::INFO
+            || !CARRIERS.iter().any(|carrier| metadata.target().starts_with(carrier))
+    });
+    let lines = tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(colours);
+    let _ = tracing_subscriber::registry().with(lines.with_filter(wanted.and(harmless))).try_init();
     Ok(())
 }
 
-fn parse(filter: &str) -> Result<EnvFilter, InvalidFilter> {
-    let mut parsed = EnvFilter::builder().parse(filter).map_err(|_| InvalidFilter)?;
-    for carrier in CARRIERS {
-        parsed = parsed.add_directive(carrier.parse().map_err(|_| InvalidFilter)?);
+/// The environment variable is no log filter.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{VARIABLE}={0}: not a log filter")]
+pub struct InvalidVariable(String);
+
+impl Failure for InvalidVariable {
+    fn exit(&self) -> Exit {
+        Exit::Usage
     }
-    Ok(parsed)
+
+    fn remedy(&self) -> Option<String> {
+        Some(format!("for example {VARIABLE}=debug, or {VARIABLE}=warn,adit_relay=trace"))
+    }
 }
 
 /// The text is no log filter.
