@@ -225,12 +225,12 @@ async fn answer(
 ) -> Answer {
     match request {
         Request::Reload => {
-            if let Err(error) = apply() {
-                return Answer::Failed { why: error.to_string() };
-            }
-            match broker.reload().await {
+            // A mistake in the settings keeps nobody in who was revoked.
+            let applied = apply().map_err(|error| error.to_string());
+            let reloaded = broker.reload().await.map_err(|error| error.to_string());
+            match applied.and(reloaded) {
                 Ok(effect) => Answer::Reloaded(effect),
-                Err(error) => Answer::Failed { why: error.to_string() },
+                Err(why) => Answer::Failed { why },
             }
         }
         Request::Probe { agent } => match broker.probe(agent).await {

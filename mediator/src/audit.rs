@@ -5,6 +5,7 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::time::Duration;
 
+use adit_client::identity::store::hand_over;
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
@@ -138,6 +139,7 @@ impl Audit {
         let failed = |error| Error::Audit { path: path.to_owned(), error };
         let mut file = options.read(true).open(path).map_err(failed)?;
         mend(&mut file).map_err(failed)?;
+        hand_over(path).map_err(failed)?;
         let (queue, jobs) = mpsc::channel(QUEUE);
         tokio::task::spawn_blocking(move || write_all(file, jobs));
         Ok(Self { queue })

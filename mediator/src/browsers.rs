@@ -47,11 +47,16 @@ where
     let mut stream = hello.into_stream(config).await?;
     let mut request = Vec::new();
     let mut buffer = [0; 1024];
-    while !request.windows(4).any(|end| end == b"\r\n\r\n") {
+    loop {
         let count = stream.read(&mut buffer).await?;
+        // Only what is new, so that a request in single bytes costs no more than any other.
+        let from = request.len().saturating_sub(3);
         request.extend_from_slice(&buffer[..count]);
         if count == 0 || request.len() > MAX_REQUEST {
             return Ok(());
+        }
+        if request[from..].windows(4).any(|end| end == b"\r\n\r\n") {
+            break;
         }
     }
     stream.write_all(ANSWER).await?;

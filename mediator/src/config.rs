@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use adit_client::identity::store::{self, Access};
 use adit_relay::door::Crowd;
+use adit_relay::run::host_port;
 use serde::Deserialize;
 
 use crate::error::Error;
@@ -65,7 +66,7 @@ pub struct Https {
 pub struct P2p {
     /// UDP ports of the direct path at the devices, `FIRST-LAST`.
     pub ports: String,
-    /// Whether devices may probe with many sockets.
+    /// Whether devices may probe with many sockets. Not in this version: none does.
     pub many_socket_probing: bool,
 }
 
@@ -73,7 +74,7 @@ pub struct P2p {
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Redirector {
-    /// TCP ports, one for each granted session, `FIRST-LAST`.
+    /// TCP ports, one for each granted session, `FIRST-LAST`. Not in this version.
     pub ports: String,
 }
 
@@ -93,7 +94,7 @@ impl Config {
 
     /// `HOST:PORT` of each host, with the port that `address` listens on.
     pub fn reached_at(&self, address: SocketAddr) -> Vec<String> {
-        self.hosts.iter().map(|host| with_port(host, address.port())).collect()
+        self.hosts.iter().map(|host| host_port(host, address.port())).collect()
     }
 
     fn check(&self, path: &Path) -> Result<(), Error> {
@@ -152,11 +153,11 @@ diagnostics = "{diagnostics}"
 # UDP ports that devices use for the direct path, FIRST-LAST.
 ports = "{ports}"
 # Whether devices may probe with many sockets to get through difficult NATs. To some firewalls that
-# looks like a scan.
+# looks like a scan. Not in this version: none does.
 many_socket_probing = {many_socket_probing}
 
 [redirector]
-# TCP ports of the redirector, one for each granted session, FIRST-LAST.
+# TCP ports of the redirector, one for each granted session, FIRST-LAST. Not in this version.
 ports = "{redirector}"
 
 [limits]
@@ -225,13 +226,6 @@ fn is_host(host: &str) -> bool {
 fn is_range(text: &str) -> bool {
     let Some((first, last)) = text.split_once('-') else { return false };
     matches!((first.parse::<u16>(), last.parse::<u16>()), (Ok(first), Ok(last)) if 0 < first && first <= last)
-}
-
-fn with_port(host: &str, port: u16) -> String {
-    match host.parse::<IpAddr>() {
-        Ok(ip) => SocketAddr::new(ip, port).to_string(),
-        Err(_) => format!("{host}:{port}"),
-    }
 }
 
 impl Default for Listen {

@@ -11,6 +11,8 @@ use crate::store::{Device, Seen, Store};
 pub struct Directory {
     store: Store,
     devices: RwLock<HashMap<DeviceId, Arc<Device>>>,
+    /// Taken from reading the database until what was read is in `devices`: an older state never comes last.
+    loading: tokio::sync::Mutex<()>,
     /// Visits that are not in the database yet.
     visits: Mutex<HashMap<DeviceId, Seen>>,
 }
@@ -31,7 +33,7 @@ impl Directory {
     /// The database's.
     pub async fn load(store: Store) -> Result<Self, sqlx::Error> {
         let devices = RwLock::new(current(&store).await?);
-        Ok(Self { store, devices, visits: Mutex::default() })
+        Ok(Self { store, devices, loading: tokio::sync::Mutex::default(), visits: Mutex::default() })
     }
 
     /// Loads all devices anew and says what has changed.
@@ -39,8 +41,18 @@ impl Directory {
     /// # Errors
     /// The database's; everything is as before then.
     pub async fn reload(&self) -> Result<Changes, sqlx::Error> {
-        let new = current(&self.store).await?;
-        let old = std::mem::replace(&mut *self.write(), new.clone());
+        let _loading = self.loading.lock().await;
+        let mut new = current(&self.store).await?;
+        let old = {
+            let mut devices = self.write();
+            // Visits get to the database later than here.
+            for (id, device) in &mut new {
+                if let Some(known) = devices.get(id) {
+                    Arc::make_mut(device).seen = known.seen.clone();
+                }
+            }
+            std::mem::replace(&mut *devices, new.clone())
+        };
         let gone = old.iter().filter(|(id, _)| !new.contains_key(id)).map(|(_, device)| device.clone());
         let differs = |device: &Arc<Device>| {
             old.get(&device.id).is_none_or(|before| {
@@ -58,9 +70,16 @@ impl Directory {
         self.devices.read().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
     }
 
-    /// Adds a device that was just enrolled.
-    pub fn add(&self, device: Device) {
-        self.write().insert(device.id, Arc::new(device));
+    /// Adds a device that was just enrolled, as it is in the database now.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn add(&self, id: DeviceId) -> Result<(), sqlx::Error> {
+        let _loading = self.loading.lock().await;
+        if let Some(device) = self.store.device(id).await?.filter(|device| device.revoked == 0) {
+            self.write().insert(id, Arc::new(device));
+        }
+        Ok(())
     }
 
     /// The agents that a technician reaches, sorted by name.

@@ -5,15 +5,15 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use adit_client::enrol::write_message;
-use adit_client::identity::certificate::{MAX_TAGS, Subject, is_name, is_tag, request_key};
+use adit_client::identity::certificate::{MAX_TAGS, is_name, is_tag, request_key};
 use adit_protocol::Role;
 use adit_protocol::enrol::{Granted, Outcome, Refused, Request, Response};
 use aws_lc_rs::digest::{SHA256, digest};
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tracing::{info, warn};
 
-use crate::audit::Record;
-use crate::broker::{Broker, party};
+use crate::audit::{NotWritten, Record};
+use crate::broker::{Broker, UNRECORDED, party};
 use crate::organisation::unix_now;
 use crate::store::{Candidate, Device, EnrolError};
 
@@ -94,13 +94,8 @@ impl Enroller {
             return Err(Failed::Refused("name, tags or hosts are not acceptable".into()));
         }
         let sign = |device: &Device| {
-            let subject = Subject {
-                device_id: device.id,
-                role: device.role,
-                name: device.name.clone(),
-                tags: device.tags.clone(),
-            };
-            authority.sign_request(&request.csr, &subject, unix_now()).ok().map(|der| der.to_vec())
+            let made = authority.sign_key(&public_key, &device.subject(), unix_now());
+            made.ok().map(|der| der.to_vec())
         };
         let candidate = Candidate {
             token: secret_hash(&request.secret),
@@ -112,27 +107,31 @@ impl Enroller {
             sign: &sign,
         };
         let enrolled = broker.store.enrol(&candidate, unix_now()).await.map_err(|error| match &error {
-            EnrolError::Database(cause) => {
-                warn!(%cause, "the database failed");
-                Failed::Unavailable(error.to_string())
-            }
+            EnrolError::Database(_) | EnrolError::NotSigned => unavailable(&error),
             EnrolError::UnknownToken => Failed::WrongToken(error.to_string()),
-            EnrolError::NotSigned => Failed::Unavailable(error.to_string()),
             _ => Failed::Refused(error.to_string()),
         })?;
         let device = enrolled.device;
-        if !enrolled.again {
-            info!(device = %device.id, role = %device.role, name = device.name, "enrolled");
-            broker.directory.add(device.clone());
-            self.write_down("enrolled", &device, from).await;
+        // It, and a technician's first grant with it, counts once its record is there. An earlier try with the same
+        // key may have been cut off before that.
+        let mut recorded = Ok(());
+        if !enrolled.again || broker.directory.get(device.id).is_none() {
+            recorded = self.write_down("enrolled", &device, from).await;
+            if recorded.is_ok() {
+                broker.directory.add(device.id).await.map_err(|error| unavailable(&error.into()))?;
+                info!(device = %device.id, role = %device.role, name = device.name, "enrolled");
+            }
         }
         if let Some(old) = enrolled.replaced {
             info!(device = %old.id, name = old.name, "replaced: the old identity is revoked");
-            self.write_down("replaced", &old, from).await;
+            if self.write_down("replaced", &old, from).await.is_err() {
+                warn!("an audit record was lost");
+            }
             if let Err(error) = broker.reload().await {
                 warn!(%error, "the database failed");
             }
         }
+        recorded.map_err(|NotWritten| Failed::Unavailable(UNRECORDED.into()))?;
         let greeting = broker.greeting();
         Ok(Granted {
             device_id: device.id.0.to_vec(),
@@ -146,7 +145,7 @@ impl Enroller {
         })
     }
 
-    async fn write_down(&self, event: &str, device: &Device, from: SocketAddr) {
+    async fn write_down(&self, event: &str, device: &Device, from: SocketAddr) -> Result<(), NotWritten> {
         let (from, tags) = (from.to_string(), device.tags.join(" "));
         let record = Record {
             device: Some(party(device)),
@@ -154,10 +153,15 @@ impl Enroller {
             reason: &tags,
             ..Record::new(event, unix_now())
         };
-        if self.broker.audit.write(&record).await.is_err() {
-            warn!(event, "an audit record was lost");
-        }
+        self.broker.audit.write(&record).await
     }
+}
+
+fn unavailable(error: &EnrolError) -> Failed {
+    if let EnrolError::Database(cause) = error {
+        warn!(%cause, "the database failed");
+    }
+    Failed::Unavailable(error.to_string())
 }
 
 /// What is kept of a token's secret. It has 128 random bits: a plain hash is enough.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use adit_client::exit::{Exit, Failure};
 use adit_client::identity::InvalidKey;
-use adit_client::identity::certificate::CertificateError;
+use adit_client::identity::certificate::{CertificateError, MAX_TAGS};
 use adit_client::identity::store::StoreError;
 use adit_client::tls::TlsError;
 use adit_relay::listen::ListenError;
@@ -37,6 +37,9 @@ pub enum Error {
     /// A tag of another form.
     #[error("{0:?} cannot be a tag")]
     Tag(String),
+    /// More tags than a device can have.
+    #[error("{0} tags are too many")]
+    Tags(usize),
     /// A name with other characters, or too many.
     #[error("{0:?} cannot be a device's name")]
     Name(String),
@@ -192,6 +195,7 @@ impl Failure for Error {
             Self::Tag(_) => {
                 "for example --tag site=berlin (A-Z a-z 0-9 . _ -, and : / @ + in the value)".into()
             }
+            Self::Tags(_) => format!("a device has at most {MAX_TAGS}"),
             Self::Name(_) => "choose 1 to 63 of A-Z a-z 0-9 . _ -".into(),
             Self::NameTaken { .. } => "choose another, or revoke or rename that device first".into(),
             Self::NoDevice { .. } => "list them all with adit-mediator devices".into(),

@@ -15,11 +15,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
+use adit_client::identity::certificate::valid;
 use adit_client::identity::store::{self, Access};
 use adit_client::tls::provider;
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, PKCS_ECDSA_P256_SHA256, SanType,
+    BasicConstraints, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    PKCS_ECDSA_P256_SHA256, SanType,
 };
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -39,8 +40,6 @@ const DAY: u64 = 24 * 60 * 60;
 /// Browsers refuse more than 398 days.
 const VALIDITY: u64 = 397 * DAY;
 const ROOT_VALIDITY: u64 = 20 * 365 * DAY;
-/// Room for clocks that are behind.
-const BACKDATE: u64 = DAY;
 /// How often files are looked at.
 const LOOK: Duration = Duration::from_secs(5);
 
@@ -209,14 +208,15 @@ fn fits(file: &Path, hosts: &[String]) -> bool {
 pub fn covers(names: &[String], host: &str) -> bool {
     let host = canonical(host);
     let wildcard = host.split_once('.').map(|(_, rest)| format!("*.{rest}"));
-    names.iter().any(|name| name.eq_ignore_ascii_case(&host) || wildcard.as_deref() == Some(name))
+    names.iter().any(|name| *name == host || wildcard.as_deref() == Some(name))
 }
 
-fn canonical(host: &str) -> String {
+/// A host name in lower case, or an address as it is usually written.
+pub(crate) fn canonical(host: &str) -> String {
     host.parse::<IpAddr>().map_or_else(|_| host.to_ascii_lowercase(), |ip| ip.to_string())
 }
 
-/// The names and addresses of the first certificate in a file (PEM), and when it ends, in seconds since
+/// The names (in lower case) and addresses of the first certificate in a file (PEM), and when it ends, in seconds since
 /// 1970-01-01 UTC.
 ///
 /// # Errors
@@ -230,7 +230,7 @@ pub fn inspect(file: &Path) -> Result<(Vec<String>, u64), String> {
         .iter()
         .flat_map(|names| &names.value.general_names)
         .filter_map(|name| match name {
-            x509_parser::prelude::GeneralName::DNSName(name) => Some((*name).to_owned()),
+            x509_parser::prelude::GeneralName::DNSName(name) => Some(name.to_ascii_lowercase()),
             x509_parser::prelude::GeneralName::IPAddress(bytes) => match bytes.len() {
                 4 => <[u8; 4]>::try_from(*bytes).ok().map(|ip| IpAddr::from(ip).to_string()),
                 _ => <[u8; 16]>::try_from(*bytes).ok().map(|ip| IpAddr::from(ip).to_string()),
@@ -240,15 +240,6 @@ pub fn inspect(file: &Path) -> Result<(Vec<String>, u64), String> {
         .collect();
     let ends = u64::try_from(certificate.validity().not_after.timestamp()).unwrap_or(0);
     Ok((named, ends))
-}
-
-fn valid(now: u64, seconds: u64) -> CertificateParams {
-    let epoch = rcgen::date_time_ymd(1970, 1, 1);
-    let mut params = CertificateParams::default();
-    params.distinguished_name = rcgen::DistinguishedName::new();
-    params.not_before = epoch + Duration::from_secs(now.saturating_sub(BACKDATE));
-    params.not_after = epoch + Duration::from_secs(now.saturating_add(seconds));
-    params
 }
 
 /// Certificate or key for browsers cannot be used.
@@ -271,11 +262,11 @@ mod tests {
     fn a_certificate_is_made_once_and_anew_for_other_hosts() {
         let dir = tempfile::tempdir().expect("tempdir");
         let first = Certificates::own(dir.path(), &hosts(&["adit.example.org", "192.0.2.1"])).expect("makes");
-        let again = Certificates::own(dir.path(), &hosts(&["192.0.2.1", "adit.example.org"])).expect("reads");
+        let again = Certificates::own(dir.path(), &hosts(&["192.0.2.1", "Adit.example.org"])).expect("reads");
         assert_eq!(first.current().cert, again.current().cert);
         assert_eq!(first.current().cert.len(), 2, "the root is sent along");
         let root = fs::read(dir.path().join(ROOT)).expect("reads");
-        first.refresh(&hosts(&["new.example.org"]));
+        first.refresh(&hosts(&["New.example.org"]));
         assert_ne!(first.current().cert[0], again.current().cert[0]);
         assert_eq!(
             root,

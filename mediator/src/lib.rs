@@ -43,4 +43,5 @@ pub mod server;
 pub mod sessions;
 pub mod store;
 pub mod stun;
+mod times;
 pub mod token;

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use adit_client::exit::{Exit, report};
+use adit_client::exit::{Exit, Failure, report};
 use adit_mediator::cli::{Cli, Command, run};
 use clap::Parser;
 
@@ -11,14 +11,9 @@ fn main() -> ExitCode {
     if let Command::Adit { arguments } = cli.command {
         return adit_client::cli::main(std::iter::once("adit".into()).chain(arguments));
     }
-    let filter = std::env::var("ADIT_LOG").unwrap_or_default();
-    let filter = if filter.is_empty() { "info" } else { &filter };
-    if let Err(error) = adit_client::log::start(filter) {
-        eprintln!(
-            "error: ADIT_LOG={filter}: {error}
-  for example ADIT_LOG=debug, or warn,adit_relay=trace"
-        );
-        return Exit::Usage.into();
+    if let Err(failure) = adit_client::log::start_as_environment_says() {
+        eprintln!("{}", report(&failure));
+        return failure.exit().into();
     }
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,

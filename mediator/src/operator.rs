@@ -71,7 +71,7 @@ impl Operator {
     /// # Errors
     /// [`Error::NotWritten`]: then it is not done.
     pub async fn write_down(&self, event: &str, device: &Device, detail: &str) -> Result<(), Error> {
-        let by = format!("operator, uid {}", rustix::process::getuid().as_raw());
+        let by = by();
         let record =
             Record { device: Some(party(device)), by: &by, reason: detail, ..Record::new(event, unix_now()) };
         self.audit.write(&record).await.map_err(|_| Error::NotWritten(self.dir.join(AUDIT)))
@@ -82,7 +82,7 @@ impl Operator {
     /// # Errors
     /// [`Error::NotWritten`]: then it is not done.
     pub async fn write_down_deed(&self, event: &str, detail: &str) -> Result<(), Error> {
-        let by = format!("operator, uid {}", rustix::process::getuid().as_raw());
+        let by = by();
         let record = Record { by: &by, reason: detail, ..Record::new(event, unix_now()) };
         self.audit.write(&record).await.map_err(|_| Error::NotWritten(self.dir.join(AUDIT)))
     }
@@ -107,6 +107,11 @@ impl Operator {
     pub fn database<T>(&self, result: Result<T, sqlx::Error>) -> Result<T, Error> {
         result.map_err(|error| Error::Database { path: self.dir.join(DATABASE), error })
     }
+}
+
+/// The person at a command of the operator's, in the audit log.
+pub fn by() -> String {
+    format!("operator, uid {}", rustix::process::getuid().as_raw())
 }
 
 /// Root does the work as the owner of the directory, so that what it makes there is the service's own: starts

@@ -6,12 +6,11 @@ use adit_protocol::control::RelayTicket;
 use adit_protocol::ticket::Ticket;
 use adit_protocol::{DeviceId, Role, SessionId};
 
+use crate::https::canonical;
 use crate::presence::ChannelId;
 
 /// How long a ticket may lie unused, in seconds. A session gets new ones at half of it.
 pub const TICKET_LIFE: u64 = 3600;
-/// Relays that one session is granted.
-const GRANTED: usize = 2;
 /// More relays than one mediator needs.
 const MAX_RELAYS: usize = 256;
 /// More addresses than one relay needs.
@@ -48,7 +47,7 @@ impl Relay {
     pub fn keep_hosts(&mut self, enrolled: &[String]) {
         let known = |address: &String| {
             let host = address.rsplit_once(':').map_or("", |(host, _)| host).trim_matches(['[', ']']);
-            enrolled.iter().any(|known| known.eq_ignore_ascii_case(host))
+            enrolled.iter().any(|known| canonical(known) == canonical(host))
         };
         self.addresses.retain(known);
         if !known(&self.stun) {
@@ -104,7 +103,7 @@ impl Relays {
         let Some((first, rest)) = sorted.split_first() else { return vec![] };
         let elsewhere = |relay: &&&Relay| !relay.hosts().any(|host| first.hosts().any(|taken| taken == host));
         let second = rest.iter().find(elsewhere).or(rest.first());
-        [*first].into_iter().chain(second.copied()).take(GRANTED).cloned().collect()
+        [*first].into_iter().chain(second.copied()).cloned().collect()
     }
 
     /// `HOST:PORT` (TCP) of all relays.
@@ -194,7 +193,7 @@ mod tests {
         let mut relay = relay(1, "a.example", 1);
         relay.addresses.extend(["evil.example:8002".to_owned(), "[2001:db8::1]:8002".to_owned()]);
         relay.stun = "evil.example:8002".to_owned();
-        relay.keep_hosts(&["A.example".to_owned(), "2001:db8::1".to_owned()]);
+        relay.keep_hosts(&["A.example".to_owned(), "2001:DB8:0::1".to_owned()]);
         assert_eq!(relay.addresses, ["a.example:8002", "[2001:db8::1]:8002"]);
         assert_eq!(relay.stun, "");
         relay.keep_hosts(&["c.example".to_owned()]);

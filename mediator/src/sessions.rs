@@ -115,6 +115,16 @@ struct Claim {
     since: Instant,
 }
 
+impl Claim {
+    fn permitted(&self, permits: impl Fn(DeviceId, DeviceId) -> bool) -> bool {
+        let device = &self.channel.device;
+        match device.role {
+            Role::Technician => permits(device.id, self.peer),
+            _ => permits(self.peer, device.id),
+        }
+    }
+}
+
 /// All sessions, and the claims on those that are not known yet.
 #[derive(Default)]
 pub struct Sessions {
@@ -127,8 +137,8 @@ pub struct Sessions {
 pub struct Greeted {
     /// Both ends named it, and it is known again.
     pub restored: Vec<Session>,
-    /// Both ends named it, but this technician may not reach this agent (any more).
-    pub forbidden: Vec<(SessionId, Channel, Channel)>,
+    /// One end or both named it, but this technician may not reach this agent (any more): who is to hear it.
+    pub forbidden: Vec<(SessionId, Channel)>,
     /// The agent does not know it (any more).
     pub gone: Vec<Session>,
 }
@@ -297,11 +307,15 @@ impl Sessions {
         self.live.values().filter(stale).map(|session| session.id).collect()
     }
 
-    /// Takes out the sessions that are no longer permitted.
-    pub fn forbid(&mut self, permits: impl Fn(DeviceId, DeviceId) -> bool) -> Vec<Session> {
-        let forbidden = |session: &&Session| !permits(session.technician.device.id, session.agent.device.id);
-        let ids: Vec<SessionId> = self.live.values().filter(forbidden).map(|session| session.id).collect();
-        ids.iter().filter_map(|id| self.live.remove(id)).collect()
+    /// Takes out the sessions that are no longer permitted, and the claims on such ones with the end that made
+    /// each: the other end may never come.
+    pub fn forbid(
+        &mut self,
+        permits: impl Fn(DeviceId, DeviceId) -> bool,
+    ) -> (Vec<Session>, Vec<(SessionId, Channel)>) {
+        let live = self.live.extract_if(|_, s| !permits(s.technician.device.id, s.agent.device.id));
+        let claims = self.claims.extract_if(|_, claim| !claim.permitted(&permits));
+        (live.map(|(_, session)| session).collect(), claims.map(|(id, claim)| (id, claim.channel)).collect())
     }
 
     /// Forgets sessions whose ends have both been away for long, and old claims.
@@ -337,6 +351,11 @@ impl Sessions {
         now: Instant,
         greeted: &mut Greeted,
     ) {
+        let claim = Claim { channel: channel.clone(), peer, since: now };
+        if !claim.permitted(permits) {
+            greeted.forbidden.push((id, claim.channel));
+            return;
+        }
         let mirrored = self.claims.get(&id).is_some_and(|other| {
             (other.channel.device.id, other.peer) == (peer, channel.device.id)
                 && matches!(
@@ -348,7 +367,7 @@ impl Sessions {
             // The first word stays: nobody else can take a session away by naming it.
             let own = self.claims.get(&id).is_none_or(|claim| claim.channel.device.id == channel.device.id);
             if own && self.claims.len() < MAX_SESSIONS {
-                self.claims.insert(id, Claim { channel: channel.clone(), peer, since: now });
+                self.claims.insert(id, claim);
             }
             return;
         }
@@ -357,10 +376,6 @@ impl Sessions {
             Role::Technician => (channel.clone(), other.channel),
             _ => (other.channel, channel.clone()),
         };
-        if !permits(technician.device.id, agent.device.id) {
-            greeted.forbidden.push((id, technician, agent));
-            return;
-        }
         let end = |channel: Channel| End {
             device: channel.device.clone(),
             channel: Some(channel),
@@ -431,9 +446,29 @@ mod tests {
         for id in [1, 3] {
             sessions.insert(session(id, &channel(&presence, Role::Technician, id), &agent, now));
         }
-        let ended = sessions.forbid(|technician, _| technician == DeviceId([3; 16]));
+        let (ended, _) = sessions.forbid(|technician, _| technician == DeviceId([3; 16]));
         assert_eq!(ended.iter().map(|session| session.id).collect::<Vec<_>>(), [SessionId([1; 16])]);
         assert_eq!(sessions.len(), 1);
+    }
+
+    #[test]
+    fn one_ends_word_for_a_session_that_is_not_permitted_is_refused_then_and_later() {
+        let (presence, now) = (Presence::default(), Instant::now());
+        let (technician, agent) =
+            (channel(&presence, Role::Technician, 1), channel(&presence, Role::Agent, 2));
+        let named = |id: u8, peer: u8| LiveSession { session: vec![id; 16], peer: vec![peer; 16] };
+        let mut sessions = Sessions::default();
+        let permits = |technician, _| technician == DeviceId([1; 16]);
+        // With a technician who has no grant, at once.
+        let greeted = sessions.greet(&agent, &[named(7, 1), named(8, 3)], permits, now);
+        let ids = |closed: &[(SessionId, Channel)]| closed.iter().map(|(id, _)| *id).collect::<Vec<_>>();
+        assert_eq!(ids(&greeted.forbidden), [SessionId([8; 16])]);
+        // With one who loses it before it comes back itself, then.
+        let (ended, claimants) = sessions.forbid(|_, _| false);
+        assert!(ended.is_empty());
+        assert_eq!(ids(&claimants), [SessionId([7; 16])]);
+        assert_eq!(claimants[0].1.id, agent.id);
+        assert!(sessions.greet(&technician, &[named(7, 2)], permits, now).restored.is_empty());
     }
 
     #[test]

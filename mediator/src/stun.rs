@@ -16,8 +16,6 @@ use crate::broker::Broker;
 
 /// Answers that one source may get in a second: a NAT with many devices behind it needs tens.
 const ANSWERS_A_SECOND: u16 = 200;
-/// An answer has at most 1.6 times (IPv4) or 2.2 times (IPv6) the bytes of its request.
-const MOST_TENTHS: (usize, usize) = (16, 22);
 /// Larger than any Binding request.
 const MAX_REQUEST: usize = 2048;
 
@@ -37,10 +35,6 @@ pub async fn serve(socket: UdpSocket, broker: Arc<Broker>) -> std::io::Result<()
             continue;
         }
         let Some(answer) = binding_response(request, source) else { continue };
-        let most = if source.ip().to_canonical().is_ipv4() { MOST_TENTHS.0 } else { MOST_TENTHS.1 };
-        if answer.len() * 10 > length * most {
-            continue;
-        }
         // UDP may lose it as well as we.
         let _ = socket.try_send_to(&answer, source);
         if let Some((session, role)) = handshake::claims(request)

@@ -33,12 +33,7 @@ pub struct Wanted {
 /// # Errors
 /// [`Error`].
 pub async fn make(dir: &Path, wanted: Wanted) -> Result<EnrolmentToken, Error> {
-    if let Some(tag) = wanted.tags.iter().find(|tag| !is_tag(tag)) {
-        return Err(Error::Tag(tag.clone()));
-    }
-    if wanted.tags.len() > MAX_TAGS {
-        return Err(Error::Tag(format!("{} tags", wanted.tags.len())));
-    }
+    check_tags(&wanted.tags)?;
     if wanted.role == Role::Mediator {
         return Err(Error::TokenRole(wanted.role.to_string()));
     }
@@ -64,6 +59,18 @@ pub async fn make(dir: &Path, wanted: Wanted) -> Result<EnrolmentToken, Error> {
         secret,
         servers: organisation.identity.servers,
     })
+}
+
+/// Whether a device can have these tags.
+///
+/// # Errors
+/// [`Error::Tag`], [`Error::Tags`].
+pub(crate) fn check_tags(tags: &[String]) -> Result<(), Error> {
+    match tags.iter().find(|tag| !is_tag(tag)) {
+        Some(tag) => Err(Error::Tag(tag.clone())),
+        None if tags.len() > MAX_TAGS => Err(Error::Tags(tags.len())),
+        None => Ok(()),
+    }
 }
 
 /// Reads a duration such as `90s`, `30m`, `1h` or `7d`; gives seconds.

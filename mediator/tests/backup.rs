@@ -10,7 +10,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::str::FromStr;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use adit_client::control::{ControlChannel, hello};
 use adit_client::identity::revocation::Revocations;
@@ -24,6 +24,7 @@ use adit_protocol::control::Down;
 use age::x25519;
 use common::{PATIENCE, Server, dial, dial_with, live, open, recv};
 use tempfile::TempDir;
+use tokio::sync::watch;
 use tokio::time::timeout;
 
 const PASSPHRASE: &str = "a passphrase for tests";
@@ -77,7 +78,7 @@ async fn hammer(
     server: &Server,
     technician: &Identity,
     stop: &AtomicBool,
-    done: &AtomicUsize,
+    done: &watch::Sender<usize>,
 ) -> Vec<Identity> {
     let token = server.token(Role::Agent, &["customer=acme"], 10_000).await;
     let store = Store::open(&server.dir.path().join("state.db")).await.expect("opens");
@@ -89,7 +90,7 @@ async fn hammer(
             let tags = ["customer=acme".to_owned()];
             store.allow(technician.device_id, &tags, false, 1).await.expect("allows");
         }
-        done.store(enrolled.len(), Ordering::Relaxed);
+        done.send_replace(enrolled.len());
     }
     store.close().await;
     enrolled
@@ -111,20 +112,15 @@ async fn a_backup_under_load_brings_every_device_back() {
     let file = keep.path().join("adit.age");
 
     // While the mediator runs and others write.
-    let (stop, done) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let (stop, (done, mut news)) = (AtomicBool::new(false), watch::channel(0));
     let take = async {
-        while done.load(Ordering::Relaxed) < 3 {
-            tokio::task::yield_now().await;
-        }
-        let before = done.load(Ordering::Relaxed);
+        let before = *news.wait_for(|done| *done >= 3).await.expect("its sender is ours");
         let (dir, to) = (server.dir.path().to_owned(), file.clone());
         let taken = tokio::task::spawn_blocking(move || run("backup", &to, &[], &dir, PASSPHRASE));
         let taken = taken.await.expect("no panic");
         // The writer was not held up, and goes on.
-        let after = done.load(Ordering::Relaxed);
-        while done.load(Ordering::Relaxed) == after {
-            tokio::task::yield_now().await;
-        }
+        let after = *news.borrow();
+        news.wait_for(|done| *done > after).await.expect("its sender is ours");
         stop.store(true, Ordering::Relaxed);
         (taken, before, after)
     };

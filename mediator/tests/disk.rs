@@ -26,15 +26,17 @@ fn fault_disk_full() {
     let disk = tempfile::tempdir().expect("tempdir");
     let mount = "mount -t tmpfs -o size=16m tmpfs \"$1\" && exec \"$0\" --exact fault_disk_full --nocapture";
     let me = std::env::current_exe().expect("a path");
-    let status = Command::new("unshare")
+    let run = Command::new("unshare")
         .args(["--user", "--map-root-user", "--mount", "sh", "-c", mount])
         .arg(me)
         .arg(disk.path())
         .env(DISK, disk.path())
         .env("TMPDIR", disk.path())
-        .status()
+        .output()
         .expect("unshare (Debian: util-linux) starts");
-    assert!(status.success(), "on the small disk: {status}");
+    let said = [run.stdout, run.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+    println!("{said}");
+    assert!(run.status.success() && said.contains("1 passed"), "on the small disk: {}", run.status);
 }
 
 async fn on_a_small_disk(disk: PathBuf) {

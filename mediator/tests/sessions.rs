@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use adit_client::control::maintain::NotConnected;
 use adit_client::control::{ControlChannel, Ended, State, hello, maintain};
+use adit_client::enrol::EnrolError;
 use adit_client::exit::{Exit, Failure};
 use adit_client::identity::Identity;
 use adit_mediator::organisation::Organisation;
@@ -156,12 +157,17 @@ async fn an_agent_that_says_no_closes_the_session() {
 #[cfg(target_os = "linux")]
 #[tokio::test]
 async fn without_an_audit_record_there_is_no_grant() {
-    let full_disk = |dir: &std::path::Path| {
-        std::os::unix::fs::symlink("/dev/full", dir.join("audit.jsonl")).expect("links");
-    };
-    let mut server = Server::start_prepared(full_disk).await;
+    let mut server = Server::start().await;
     let agent = server.device(Role::Agent, "desk", &["site=a"]).await;
     let technician = server.device(Role::Technician, "laptop", &["site=a"]).await;
+    server.stop().await;
+    let record = server.dir.path().join("audit.jsonl");
+    std::fs::remove_file(&record).expect("removes");
+    std::os::unix::fs::symlink("/dev/full", &record).expect("links");
+    server.run().await.expect("runs again");
+    let token = server.token(Role::Agent, &["site=a"], 1).await;
+    let enrolled = server.enrol(&token, "another").await;
+    assert!(matches!(enrolled, Err(EnrolError::Unavailable(_))), "{enrolled:?}");
     let (mut technician_channel, mut agent_channel) = (dial(&technician).await, dial(&agent).await);
     assert_eq!(refusal(&mut technician_channel, "desk").await.0, RefusedCode::Unavailable);
     server.stop().await;

@@ -24,8 +24,8 @@ const LINE_EVERY: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Crowd {
-    /// Connections that have not shown a valid ticket, token or certificate yet. Beyond it, a random one of
-    /// them is closed for each new one. No more than a quarter of this process's descriptors.
+    /// Connections that have not shown a valid ticket, token or certificate yet. Beyond it, the
+    /// older of two random ones is closed for each new one. No more than a quarter of this process's descriptors.
     pub unauthenticated: usize,
     /// The same of one source. A site with many devices has one address, and they all come back at once.
     pub per_source: usize,
@@ -151,8 +151,8 @@ impl Door {
         outcome
     }
 
-    /// The line that fail2ban reads (`deploy/fail2ban`): the one place where an address is logged above
-    /// DEBUG. Its form is relied on.
+    /// The line that fail2ban reads (`deploy/fail2ban`): the one place where a stranger's address is logged
+    /// above DEBUG. Its form is relied on.
     fn say(&self, from: IpAddr, refusal: Refusal, now: Instant) {
         let due = self.log.lock().unwrap_or_else(PoisonError::into_inner).due(refusal, now);
         match due {

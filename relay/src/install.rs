@@ -74,12 +74,7 @@ impl Uninstall {
     /// What failed.
     pub fn run(&self) -> Result<(), Box<dyn Failure>> {
         let setup = Setup::of_this_program(&dir(&self.data), Vec::new()).map_err(boxed)?;
-        let done = if self.dry_run {
-            systemd::planned_uninstall(&SERVICE, &setup, self.purge)
-        } else {
-            systemd::uninstall(&SERVICE, &setup, self.purge).map_err(boxed)?
-        };
-        println!("{done}");
+        println!("{}", systemd::uninstall(&SERVICE, &setup, self.purge, self.dry_run).map_err(boxed)?);
         Ok(())
     }
 }

@@ -179,7 +179,7 @@ async fn announce(control: &Control, announcement: &RelayUp) -> bool {
 }
 
 /// `HOST:PORT` as a client writes it; IPv6 in brackets.
-fn host_port(host: &str, port: u16) -> String {
+pub fn host_port(host: &str, port: u16) -> String {
     match host.parse() {
         Ok(ip) => SocketAddr::new(ip, port).to_string(),
         Err(_) => format!("{host}:{port}"),

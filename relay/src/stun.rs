@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use adit_tunnel::path::stun::binding_response;
 use tokio::net::UdpSocket;
 
+use crate::penalty::network;
+
 /// Larger than any request that deserves an answer.
 const DATAGRAM: usize = 1500;
 /// Answers a second for one source: an office of devices behind one address, and no more use than that
@@ -43,10 +45,8 @@ fn answer(
     source: SocketAddr,
     limit: &mut RateLimit,
 ) -> io::Result<usize> {
-    // A dual-stack socket shows IPv4 as ::ffff:a.b.c.d; the client knows itself by its IPv4 address.
-    let seen = SocketAddr::new(source.ip().to_canonical(), source.port());
-    match binding_response(request, seen) {
-        Some(response) if limit.allows(seen.ip(), Instant::now()) => socket.try_send_to(&response, source),
+    match binding_response(request, source) {
+        Some(response) if limit.allows(source.ip(), Instant::now()) => socket.try_send_to(&response, source),
         _ => Ok(0),
     }
 }
@@ -72,11 +72,7 @@ impl RateLimit {
             self.since = now;
             self.counts.fill(0);
         }
-        let network = match source.to_canonical() {
-            IpAddr::V4(v4) => u64::from(u32::from(v4)),
-            IpAddr::V6(v6) => (u128::from(v6) >> 64) as u64,
-        };
-        let slot = self.hasher.hash_one((source.to_canonical().is_ipv4(), network)) as usize % SLOTS;
+        let slot = self.hasher.hash_one(network(source)) as usize % SLOTS;
         let count = &mut self.counts[slot];
         *count = count.saturating_add(1);
         *count <= self.rate

@@ -8,7 +8,7 @@
 mod restore;
 mod seal;
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::Path;
 
@@ -170,20 +170,6 @@ impl<W: Write> Write for Counted<W> {
     fn flush(&mut self) -> io::Result<()> {
         self.inner.flush()
     }
-}
-
-/// When root does the work, what it made in `dir` is given to the directory's owner.
-///
-/// # Errors
-/// What the system said.
-#[cfg(unix)]
-pub fn give_to_owner(dir: &Path, file: &Path) -> io::Result<()> {
-    use std::os::unix::fs::{MetadataExt, lchown};
-    let owner = fs::metadata(dir)?;
-    if !rustix::process::geteuid().is_root() || owner.uid() == 0 {
-        return Ok(());
-    }
-    lchown(file, Some(owner.uid()), Some(owner.gid()))
 }
 
 /// Why there is no backup, or why one was not restored.

@@ -12,12 +12,13 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::path::Path;
 
-use adit_client::identity::store::create_private_dir;
+use adit_client::identity::store::{create_private_dir, hand_over};
 
-use super::{BackupError, FORMAT, KEPT, Kept, MANIFEST, Manifest, Sealed, Unseal, give_to_owner};
+use super::{BackupError, FORMAT, KEPT, Kept, MANIFEST, Manifest, Sealed, Unseal};
 use crate::audit::{Audit, Record};
 use crate::config;
 use crate::error::Error;
+use crate::operator::by;
 use crate::organisation::{AUDIT, DATABASE, Organisation, RESTORING, unix_now};
 use crate::store::Store;
 
@@ -84,8 +85,8 @@ where
     for file in &KEPT {
         let from = staging.join(file.name);
         if from.exists() {
-            give_to_owner(dir, &from)?;
             fs::rename(from, dir.join(file.name))?;
+            hand_over(&dir.join(file.name))?;
         }
     }
     fs::remove_dir_all(&staging)?;
@@ -188,7 +189,7 @@ async fn check(staging: &Path, manifest: Manifest, hosts: Option<Vec<String>>) -
         Ok(Err(found)) => return Err(BackupError::Damaged(format!("in the database: {found}")).into()),
         Err(error) => return Err(Error::Database { path, error }),
     };
-    let by = format!("operator, uid {}", rustix::process::getuid().as_raw());
+    let by = by();
     let reason = format!("made at {}", manifest.made);
     let record = Record { by: &by, reason: &reason, ..Record::new("restored backup", unix_now()) };
     let audit = Audit::open(&staging.join(AUDIT))?;

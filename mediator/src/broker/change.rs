@@ -3,13 +3,13 @@
 use std::sync::{Arc, PoisonError};
 
 use adit_client::identity::Peer;
-use adit_client::identity::certificate::{DEVICE_VALIDITY, Subject};
+use adit_client::identity::certificate::DEVICE_VALIDITY;
 use adit_client::identity::revocation::Revocations;
 use adit_protocol::control::{Closed, Down, Refused, RefusedCode, Revocations as List, Update};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
-use super::{Broker, REVOKED, closed, party, tell};
+use super::{Broker, FORBIDDEN, REVOKED, closed, party, tell};
 use crate::audit::Record;
 use crate::channel::Greeting;
 use crate::organisation::unix_now;
@@ -37,15 +37,20 @@ impl Broker {
     /// The database's.
     pub async fn reload(&self) -> Result<Effect, sqlx::Error> {
         let changes = self.directory.reload().await?;
-        self.load_list().await?;
+        // Whatever becomes of the list: what is forbidden ends.
+        let listed = self.load_list().await;
         let mut effect = Effect::default();
-        let forbidden = self.sessions().forbid(|technician, agent| self.permits(technician, agent).is_some());
+        let (forbidden, claimants) =
+            self.sessions().forbid(|technician, agent| self.may_reach(technician, agent));
+        for (id, claimant) in claimants {
+            claimant.send(Down::Closed(closed(id, FORBIDDEN)));
+        }
         for session in forbidden {
             let gone = [&session.technician, &session.agent].map(|end| self.directory.get(end.device.id));
             let reason = match gone {
                 [None, _] => "the technician's device was revoked",
                 [_, None] => "the agent was revoked",
-                _ => "this technician may no longer reach this agent",
+                _ => FORBIDDEN,
             };
             let message: Closed = closed(session.id, reason);
             tell(&session.technician, Down::Closed(message.clone()));
@@ -68,7 +73,7 @@ impl Broker {
                 effect.renewed += usize::from(self.refresh(&channel).await);
             }
         }
-        Ok(effect)
+        listed.map(|()| effect)
     }
 
     /// Takes the newest list from the database and tells everybody who is there. Extends it first where that
@@ -183,13 +188,7 @@ impl Broker {
             warn!(device = %device.id, name = device.name, fits, "its certificate cannot be renewed: root-key.pem is offline");
             return false;
         };
-        let subject = Subject {
-            device_id: device.id,
-            role: device.role,
-            name: device.name.clone(),
-            tags: device.tags.clone(),
-        };
-        let made = authority.sign_key(&device.public_key, &subject, now);
+        let made = authority.sign_key(&device.public_key, &device.subject(), now);
         let Some((certificate, peer)) =
             made.ok().and_then(|der| Some((der.to_vec(), Peer::from_certificate(&der).ok()?)))
         else {

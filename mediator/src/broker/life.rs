@@ -8,7 +8,7 @@ use adit_protocol::control::{Answer, Candidates, Closed, Down, LiveSession, Tick
 use adit_protocol::{DeviceId, Role, SessionId};
 use tracing::{info, warn};
 
-use super::{Broker, closed, epochs, record, shorten, tell};
+use super::{Broker, FORBIDDEN, closed, epochs, record, shorten, tell};
 use crate::audit::Record;
 use crate::presence::Channel;
 use crate::relays::{Relay, TICKET_LIFE};
@@ -44,8 +44,8 @@ impl Broker {
         }
         // Only the mediator itself says what it saw.
         candidates.seen.clear();
-        let other = self.sessions().of(id, device).map(|session| session.other(device.role).clone());
-        if let Some(channel) = other.and_then(|other| other.channel) {
+        let other = self.sessions().of(id, device).and_then(|s| s.other(device.role).channel.clone());
+        if let Some(channel) = other {
             channel.pass_on(Down::Candidates(candidates));
         }
     }
@@ -92,17 +92,15 @@ impl Broker {
 
     /// A device has come (back) with these sessions.
     pub async fn hello(&self, channel: &Channel, named: &[LiveSession]) {
-        let permits = |technician, agent| self.permits(technician, agent).is_some();
+        let permits = |technician, agent| self.may_reach(technician, agent);
         let greeted = self.sessions().greet(channel, named, permits, Instant::now());
         for session in &greeted.gone {
             let reason = "the agent has been restarted";
             tell(&session.technician, Down::Closed(closed(session.id, reason)));
             self.write_down(session, "closed", reason, None).await;
         }
-        for (id, technician, agent) in &greeted.forbidden {
-            let message = closed(*id, "this technician may not reach this agent");
-            technician.send(Down::Closed(message.clone()));
-            agent.send(Down::Closed(message));
+        for (id, claimant) in &greeted.forbidden {
+            claimant.send(Down::Closed(closed(*id, FORBIDDEN)));
         }
         for session in &greeted.restored {
             let rule =
@@ -177,8 +175,11 @@ impl Broker {
                 self.write_down(&session, "closed", "both ends have been away for an hour", None).await;
             }
             self.push_stale().await;
-            for channel in self.presence.all() {
-                self.refresh(&channel).await;
+            // Without the enrolment key nothing can be renewed: that was said when each device came.
+            if self.keyring.authority().is_some() {
+                for channel in self.presence.all() {
+                    self.refresh(&channel).await;
+                }
             }
         }
     }

@@ -32,6 +32,7 @@ use crate::presence::{Channel, Presence};
 use crate::relays::{Pairing, Relay, Relays, TICKET_LIFE};
 use crate::sessions::{End, Session, Sessions};
 use crate::store::{Device, Store};
+use crate::times::ago;
 
 pub use change::Effect;
 pub use probe::Addresses;
@@ -42,6 +43,11 @@ const MAX_TARGETS: usize = 64;
 const MAX_REASON: usize = 256;
 /// What a device hears that is not one of ours any more.
 const REVOKED: &str = "this device was revoked: enrol it again with a new token";
+/// What a device hears while there is no record of what it asks for: then it is not done.
+pub const UNRECORDED: &str =
+    "the mediator cannot write its audit record: the operator checks disk and permissions";
+/// What the ends of a session hear that no grant covers any more.
+const FORBIDDEN: &str = "this technician may not reach this agent (any more)";
 /// Agents that a refusal names.
 const NAMED: usize = 10;
 
@@ -192,13 +198,16 @@ impl Broker {
         };
         if self.audit.write(&record).await.is_err() {
             self.sessions().remove(id, &channel.device);
-            let message =
-                "the mediator cannot write its audit record: the operator checks disk and permissions";
-            return Err(Denied::new(RefusedCode::Unavailable, message.into()));
+            return Err(Denied::new(RefusedCode::Unavailable, UNRECORDED.into()));
         }
         // Meanwhile the agent may have come back without it, or the grant was taken away.
         if self.sessions().get(id).is_none() {
             return Err(offline(agent));
+        }
+        if !self.may_reach(technician.id, agent.id) {
+            self.sessions().remove(id, &channel.device);
+            self.write_down(&session, "closed", "the grant was taken away", None).await;
+            return Err(unknown_agent(&open.agent, &self.directory.reachable(&technician)));
         }
         let (to_technician, to_agent) = self.grants(&session, &relays, open.request, &open.via, targets);
         self.sessions().ticketed(id, epochs(&relays), Instant::now());
@@ -216,6 +225,11 @@ impl Broker {
     pub fn permits(&self, technician: DeviceId, agent: DeviceId) -> Option<String> {
         let (technician, agent) = (self.directory.get(technician)?, self.directory.get(agent)?);
         technician.reaches(&agent).map(ToString::to_string)
+    }
+
+    fn may_reach(&self, technician: DeviceId, agent: DeviceId) -> bool {
+        let (technician, agent) = (self.directory.get(technician), self.directory.get(agent));
+        technician.zip(agent).is_some_and(|(technician, agent)| technician.reaches(&agent).is_some())
     }
 
     /// A technician as it is enrolled now.
@@ -360,7 +374,7 @@ fn unknown_agent(wanted: &str, reachable: &[Arc<Device>]) -> Denied {
 fn offline(agent: &Device) -> Denied {
     let seen = match agent.seen.at {
         0 => "it was never online".to_owned(),
-        at => format!("last seen {} ago", ago(unix_now().saturating_sub(at))),
+        at => format!("last seen {} ago", ago(unix_now(), at)),
     };
     let message = format!(
         "agent {} is offline: {seen}. Is the machine on, and does `adit agent` run there?",
@@ -369,19 +383,9 @@ fn offline(agent: &Device) -> Denied {
     Denied::new(RefusedCode::AgentOffline, message)
 }
 
-fn ago(seconds: u64) -> String {
-    match seconds {
-        0..120 => format!("{seconds} s"),
-        120..7200 => format!("{} min", seconds / 60),
-        7200..172_800 => format!("{} h", seconds / 3600),
-        _ => format!("{} days", seconds / 86_400),
-    }
-}
-
 /// At most [`MAX_REASON`] bytes, without control characters' effect on logs: those are JSON.
 fn shorten(text: &str) -> &str {
-    let end = (0..=MAX_REASON.min(text.len())).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(0);
-    &text[..end]
+    &text[..text.floor_char_boundary(MAX_REASON)]
 }
 
 /// Characters of ICE credentials (RFC 8445 section 5.3); 64 of them, so that each carries 6 bits.

@@ -8,13 +8,11 @@ use age::secrecy::SecretString;
 use clap::Args;
 
 use super::Data;
-use super::table::ago;
-use crate::backup::{
-    self, BackupError, Restored, Seal, Sealed, Unseal, Written, give_to_owner, read_identities,
-};
+use crate::backup::{self, BackupError, Restored, Seal, Sealed, Unseal, Written, read_identities};
 use crate::config::parse_hosts;
 use crate::error::Error;
-use crate::organisation::{AUDIT, unix_now};
+use crate::organisation::unix_now;
+use crate::times::ago;
 
 /// Holds the passphrase.
 const PASSPHRASE: &str = "ADIT_BACKUP_PASSPHRASE";
@@ -97,7 +95,6 @@ impl Backup {
                 error => error,
             })?
         };
-        give_to_owner(dir, &dir.join(AUDIT))?;
         let Written { bytes, has_key } = written;
         let to = if to_stdout { "standard output".to_owned() } else { name };
         eprintln!("wrote a backup of {} to {to}: {}", dir.display(), size(bytes));

@@ -4,13 +4,13 @@ use std::collections::HashMap;
 
 use adit_client::events::print_line;
 use adit_client::identity::Peer;
-use adit_client::identity::certificate::{MAX_TAGS, is_name, is_tag};
+use adit_client::identity::certificate::{is_name, tag_key};
 use adit_protocol::{DeviceId, Role};
 use clap::Args;
 use serde_json::json;
 
 use super::Data;
-use super::table::{ago, table, until};
+use super::table::table;
 use crate::admin::{self, Answer, Present, Request};
 use crate::broker::Effect;
 use crate::error::Error;
@@ -18,6 +18,8 @@ use crate::operator::Operator;
 use crate::organisation::unix_now;
 use crate::store::Device;
 use crate::store::revoke::Extended;
+use crate::times::{ago, until};
+use crate::token::check_tags;
 
 /// Arguments of `devices`.
 #[derive(Debug, Args)]
@@ -208,19 +210,15 @@ impl Tag {
     /// # Errors
     /// [`Error`].
     pub(super) async fn run(self) -> Result<(), Error> {
-        if let Some(tag) = self.tags.iter().find(|tag| !is_tag(tag)) {
-            return Err(Error::Tag(tag.clone()));
-        }
+        check_tags(&self.tags)?;
         let (operator, device) = self.which.find().await?;
-        let key = |tag: &str| tag.split('=').next().unwrap_or_default().to_owned();
-        let replaced: Vec<String> = self.tags.iter().map(|tag| key(tag)).chain(self.remove.clone()).collect();
-        let kept = device.tags.iter().filter(|tag| !replaced.contains(&key(tag)));
+        let replaced: Vec<&str> =
+            self.tags.iter().map(|tag| tag_key(tag)).chain(self.remove.iter().map(String::as_str)).collect();
+        let kept = device.tags.iter().filter(|tag| !replaced.contains(&tag_key(tag)));
         let mut tags: Vec<String> = kept.chain(&self.tags).cloned().collect();
         tags.sort_unstable();
         tags.dedup();
-        if tags.len() > MAX_TAGS {
-            return Err(Error::Tag(format!("{} tags", tags.len())));
-        }
+        check_tags(&tags)?;
         operator.write_down("tagged", &device, &tags.join(" ")).await?;
         operator.database(operator.store.set_tags(device.id, &tags).await)?;
         let shown = if tags.is_empty() { "no tags".to_owned() } else { tags.join(" ") };
@@ -241,12 +239,13 @@ impl Revoke {
         operator.database(operator.store.revoke(device.id, unix_now()).await)?;
         println!("{} {} ({}) is revoked and cannot come back", device.role, device.name, device.id);
         let authority = operator.authority();
-        let list = operator.database(operator.store.extend_list(authority.as_ref(), unix_now()).await)?;
+        let list = operator.store.extend_list(authority.as_ref(), unix_now()).await;
+        // Whatever became of the list: the mediator that runs cuts the device now.
         say(operator.tell().await?, "");
-        if list == Extended::Unsigned {
+        if operator.database(list)? == Extended::Unsigned {
             eprintln!(
                 "warning: the enrolment key is offline: this mediator refuses the device, but others do not know it yet\n  \
-                 put root-key.pem back and run: adit-mediator revoke again, or restart the mediator"
+                 put root-key.pem back: the list follows with the next change, or when the mediator is restarted"
             );
         }
         Ok(())

@@ -1,7 +1,6 @@
 //! `adit-mediator allow | deny | grants`: which technician reaches which agents.
 
 use adit_client::events::print_line;
-use adit_client::identity::certificate::{MAX_TAGS, is_tag};
 use adit_protocol::Role;
 use clap::Args;
 use serde_json::json;
@@ -13,6 +12,7 @@ use crate::error::Error;
 use crate::operator::Operator;
 use crate::organisation::unix_now;
 use crate::store::Device;
+use crate::token::check_tags;
 
 /// Arguments of `allow`.
 #[derive(Debug, Args)]
@@ -65,12 +65,7 @@ impl Allow {
     /// # Errors
     /// [`Error`].
     pub(super) async fn run(self) -> Result<(), Error> {
-        if let Some(tag) = self.tags.iter().find(|tag| !is_tag(tag)) {
-            return Err(Error::Tag(tag.clone()));
-        }
-        if self.tags.len() > MAX_TAGS {
-            return Err(Error::Tag(format!("{} tags", self.tags.len())));
-        }
+        check_tags(&self.tags)?;
         let operator = Operator::open(self.data.owned()?).await?;
         let technician = operator.device(&self.technician, Some(Role::Technician)).await?;
         let what = if self.all_agents { "all agents".to_owned() } else { self.tags.join(" ") };

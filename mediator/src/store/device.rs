@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fmt;
 
+use adit_client::identity::certificate::Subject;
 use adit_protocol::{DeviceId, Role};
 use sqlx::sqlite::SqliteRow;
 use sqlx::{Row, SqliteConnection};
@@ -77,6 +78,12 @@ impl fmt::Display for Grant {
 }
 
 impl Device {
+    /// What its certificate says.
+    pub fn subject(&self) -> Subject {
+        let Self { id, role, name, tags, .. } = self;
+        Subject { device_id: *id, role: *role, name: name.clone(), tags: tags.clone() }
+    }
+
     /// The grant by which this technician reaches `agent`, if there is one.
     pub fn reaches(&self, agent: &Device) -> Option<&Grant> {
         let both = self.role == Role::Technician && agent.role == Role::Agent;
@@ -103,6 +110,21 @@ impl Store {
             device.grants = grants.remove(&device.id).unwrap_or_default();
         }
         Ok(devices)
+    }
+
+    /// One device, also when it is revoked.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn device(&self, id: DeviceId) -> Result<Option<Device>, sqlx::Error> {
+        let mut tx = self.pool.begin().await?;
+        let id = id.as_bytes().as_slice();
+        let found =
+            sqlx::query("SELECT * FROM devices WHERE id = ?").bind(id).fetch_optional(&mut *tx).await?;
+        let Some(mut device) = found.as_ref().map(read_device).transpose()? else { return Ok(None) };
+        let grants = sqlx::query("SELECT * FROM grants WHERE technician = ? ORDER BY id").bind(id);
+        device.grants = grants.fetch_all(&mut *tx).await?.iter().map(read_grant).collect::<Result<_, _>>()?;
+        Ok(Some(device))
     }
 
     /// Gives a device another name.

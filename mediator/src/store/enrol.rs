@@ -1,5 +1,6 @@
 //! Tokens, and how they become devices.
 
+use adit_client::identity::certificate::tag_key;
 use adit_protocol::Role;
 use sqlx::{Row, SqliteConnection};
 
@@ -119,7 +120,12 @@ impl Store {
             .await?;
         let replaced = match owner.as_ref().map(read_device).transpose()? {
             Some(owner) if !candidate.replace => return Err(EnrolError::NameTaken(Box::new(owner))),
-            Some(owner) if !token.may_replace || !token.tags.iter().all(|tag| owner.tags.contains(tag)) => {
+            // A token without tags is of nobody's in particular: it replaces no device that is somebody's.
+            Some(owner)
+                if !token.may_replace
+                    || !token.tags.iter().all(|tag| owner.tags.contains(tag))
+                    || (token.tags.is_empty() && !owner.tags.is_empty()) =>
+            {
                 return Err(EnrolError::MayNotReplace(owner.name));
             }
             owner => owner,
@@ -269,10 +275,9 @@ fn with_article(role: &Role) -> &'static str {
 
 /// The token's tags, and those wanted whose keys are not among the token's.
 fn merge(token: &[String], wanted: &[String]) -> Vec<String> {
-    let key = |tag: &str| tag.split('=').next().unwrap_or_default().to_owned();
     let mut tags: Vec<String> = token.to_vec();
     for tag in wanted {
-        if !tags.contains(tag) && !token.iter().any(|own| key(own) == key(tag)) {
+        if !tags.contains(tag) && !token.iter().any(|own| tag_key(own) == tag_key(tag)) {
             tags.push(tag.clone());
         }
     }
@@ -377,11 +382,12 @@ mod tests {
         store.add_token(&token(9)).await.expect("adds");
         let rollout = Token { hash: [2; 32], may_replace: false, ..token(9) };
         let elsewhere = Token { hash: [3; 32], tags: vec!["site=b".into()], ..token(9) };
-        for token in [&rollout, &elsewhere] {
+        let of_nobody = Token { hash: [4; 32], tags: vec![], ..token(9) };
+        for token in [&rollout, &elsewhere, &of_nobody] {
             store.add_token(token).await.expect("adds");
         }
         let old = store.enrol(&candidate(1, "a"), 0).await.expect("enrols").device;
-        for hash in [rollout.hash, elsewhere.hash] {
+        for hash in [rollout.hash, elsewhere.hash, of_nobody.hash] {
             let thief = Candidate { token: hash, replace: true, ..candidate(2, "a") };
             assert!(matches!(store.enrol(&thief, 0).await, Err(EnrolError::MayNotReplace(_))));
         }

@@ -46,15 +46,17 @@ impl Store {
             .synchronous(SqliteSynchronous::Full)
             .foreign_keys(true)
             .busy_timeout(BUSY);
+        // Several programs may find an empty or an older database at the same moment. For the change to the
+        // write-ahead log SQLite does not wait, as it does for everything else.
+        let lock = lock(path)?;
         let pool = SqlitePoolOptions::new()
             .max_connections(4)
             .acquire_timeout(BUSY)
             .connect_with(options)
             .await
             .map_err(failed)?;
-        // Several programs may find an empty or an older database at the same moment.
-        let lock = lock(path)?;
         sqlx::migrate!().run(&pool).await.map_err(|error| failed(error.into()))?;
+        hand_over(path).map_err(|error| failed(error.into()))?;
         drop(lock);
         Ok(Self { pool })
     }
@@ -91,7 +93,7 @@ fn lock(database: &Path) -> Result<File, Error> {
         file.lock()?;
         Ok(file)
     });
-    Ok(locked?)
+    locked.map_err(|error| Error::Database { path, error: error.into() })
 }
 
 // Tags and hosts hold no comma.

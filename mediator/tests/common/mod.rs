@@ -35,14 +35,8 @@ pub(crate) struct Server {
 
 impl Server {
     pub(crate) async fn start() -> Self {
-        Self::start_prepared(|_| ()).await
-    }
-
-    /// `prepare` may change the directory before the server starts.
-    pub(crate) async fn start_prepared(prepare: impl Fn(&Path)) -> Self {
         let dir = tempfile::tempdir().expect("tempdir");
         Organisation::init(dir.path(), &["127.0.0.1".into()]).expect("init");
-        prepare(dir.path());
         let devices = tempfile::tempdir().expect("tempdir");
         let mut server = Self { dir, udp: SocketAddr::from(([0; 4], 0)), running: None, devices };
         // Between looking for free ports and binding them somebody may take one.

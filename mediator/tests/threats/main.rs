@@ -75,9 +75,7 @@ impl Genuine {
             measured.quiet.0.extend(self.logins(program, &mut Times::default()).0);
             let attacks = attack();
             // It has begun.
-            while attacks.iter().any(|attack| attack.done.tries() < 10) {
-                std::thread::sleep(Duration::from_millis(5));
-            }
+            program.until("the attacks to begin", || attacks.iter().all(|attack| attack.done.tries() >= 10));
             measured.under.0.extend(self.logins(program, &mut measured.enrolments).0);
             measured.tries.extend(attacks.into_iter().map(|attack| attack.end().tries()));
         }
@@ -288,9 +286,7 @@ fn fault_256_descriptors() {
     // Silent ones may fill a quarter at most: devices come in all the same.
     let (tcp, sources) = (vec![program.https], sources(110, 200));
     let flood = Attack::start(move |done| silent(tcp, sources, 500, 1000, b"", done));
-    while flood.done.tries() < 1000 {
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    program.until("the flood", || flood.done.tries() >= 1000);
     let under = block_on(logins(&identity, 20));
     flood.end();
     println!("fault: 256 descriptors, 1,000 silent connections: {under}");
@@ -300,7 +296,7 @@ fn fault_256_descriptors() {
     let hogs: Vec<_> =
         (0..300).map_while(|_| std::net::TcpStream::connect(program.diagnostics).ok()).collect();
     let waiting = std::net::TcpStream::connect(program.https).unwrap();
-    std::thread::sleep(Duration::from_millis(300));
+    program.until("the last descriptor to be taken", || program.descriptors() >= 256);
     let (before, start) = (program.cpu(), Instant::now());
     std::thread::sleep(Duration::from_secs(2));
     let (cpu, wall) = (program.cpu() - before, start.elapsed());

@@ -122,7 +122,6 @@ fn row_06_reflection() {
         for _ in 0..requests / 10 {
             (0..10).for_each(|_| drop(source.send_to(&request, server)));
             std::thread::sleep(Duration::from_millis(1));
-            source.set_nonblocking(true).unwrap();
             answers += received(&source).len();
         }
         println!("row 6: {answers} of {requests} answered to one source");
