@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use tempfile::TempDir;
 
+use crate::process::Finished;
+
 /// From the start of systemd until the system is up.
 const BOOT: Duration = Duration::from_secs(30);
 /// How long a command may take; seconds, for timeout(1).
@@ -19,25 +21,6 @@ pub struct Machine {
     /// Its systemd, as this system numbers it.
     init: String,
     _dir: TempDir,
-}
-
-/// What a command in the machine said.
-#[derive(Debug)]
-pub struct Said {
-    /// Exit code.
-    pub code: i32,
-    /// Standard output.
-    pub stdout: String,
-    /// Standard error.
-    pub stderr: String,
-}
-
-impl Said {
-    /// The standard output of a command that succeeded.
-    pub fn ok(self) -> anyhow::Result<String> {
-        ensure!(self.code == 0, "exit code {}: {}{}", self.code, self.stdout, self.stderr);
-        Ok(self.stdout)
-    }
 }
 
 impl Machine {
@@ -81,10 +64,10 @@ impl Machine {
     }
 
     /// Runs a line of shell to its end.
-    pub fn sh(&self, line: &str) -> anyhow::Result<Said> {
+    pub fn sh(&self, line: &str) -> anyhow::Result<Finished> {
         let Output { status, stdout, stderr } = self.command("sh", &["-c", line]).output()?;
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-        Ok(Said { code: status.code().unwrap_or(-1), stdout: text(stdout), stderr: text(stderr) })
+        Ok(Finished { code: status.code().unwrap_or(-1), stdout: text(stdout), stderr: text(stderr) })
     }
 
     /// Runs a line of shell that must succeed; its standard output.

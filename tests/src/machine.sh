@@ -18,7 +18,8 @@ if [ "$1" != --inside ]; then
     unshare --pid --fork --kill-child \
         bash -c 'echo $$ >"$2/cgroup.procs"; exec unshare --cgroup --mount bash "$0" --inside "$1"' \
         "$0" "$dir/root" "$group" </dev/null >/dev/null &
-    until pgrep --parent $!; do sleep 0.01; done
+    # Its only child; without one, the command before it has said why.
+    while kill -0 $! 2>/dev/null && ! pgrep --parent $!; do sleep 0.01; done
     wait $! 2>/dev/null || true
     # What was killed leaves its control group a moment later.
     for _ in {1..100}; do

@@ -1,5 +1,6 @@
 //! Real programs in the lab: their output, their end, and `kill -9`.
 
+use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -39,7 +40,7 @@ impl Finished {
     pub fn ok(self) -> anyhow::Result<String> {
         match self.code {
             0 => Ok(self.stdout),
-            code => bail!("exit code {code}: {}", self.stderr.trim()),
+            code => bail!("exit code {code}: {}{}", self.stdout, self.stderr.trim()),
         }
     }
 }
@@ -60,13 +61,14 @@ impl Process {
         let first =
             command.get_args().next().map(|arg| arg.to_string_lossy().into_owned()).unwrap_or_default();
         let name = format!("{host}: {program} {first}");
+        // Some programs run another, which is among their arguments.
+        let ours = std::iter::once(command.get_program())
+            .chain(command.get_args())
+            .filter_map(|word| Path::new(word).file_stem()?.to_str())
+            .any(|name| ["adit", "adit-mediator", "adit-relay"].contains(&name));
         let mut command = Command::from(command);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
         let mut child = start(command).with_context(|| format!("cannot start {name}"))?;
-        // The first argument is the program for those that run another.
-        let ours = [&program, &first]
-            .iter()
-            .any(|path| path.rsplit('/').next().is_some_and(|name| name.starts_with("adit")));
         let stdout = Output::collect(format!("{name}, stdout"), child.stdout.take(), false);
         let stderr = Output::collect(format!("{name}, stderr"), child.stderr.take(), ours);
         Ok(Self { name, stdin: child.stdin.take(), child, stdout, stderr })

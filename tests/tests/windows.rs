@@ -10,7 +10,7 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use adit_tests::process::{Process, fail_on_logged_errors, print_outputs};
-use adit_tests::traffic::{Noise, sha256};
+use adit_tests::traffic::{Noise, hex, sha256};
 use adit_tests::world::binary;
 use adit_tests::{poll, within};
 use anyhow::{Context, ensure};
@@ -475,8 +475,4 @@ fn free_ports() -> anyhow::Result<[SocketAddr; 4]> {
     }
     let found: Vec<SocketAddr> = held.iter().map(|(address, ..)| *address).collect();
     found.try_into().map_err(|_| anyhow::anyhow!("four of them"))
-}
-
-fn hex(digest: &digest::Digest) -> String {
-    digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -4,8 +4,9 @@ use std::time::Instant;
 
 use adit_client::identity::certificate::{Subject, request};
 use adit_protocol::control::{
-    Answer, Candidates, Closed, Down, Hello, List, LiveSession, Open, Refused, RelayUp, Renew, Revocations,
-    Tier, ToDevice, ToMediator, Up, Update, Welcome,
+    AgentInfo, Agents, Answer, Candidates, Closed, Down, Grant, Hello, IceCredentials, List, LiveSession,
+    Open, Probe, Probed, Reached, Refused, RelayTicket, RelayUp, Renew, Revocations, Tickets, Tier, ToDevice,
+    ToMediator, Up, Update, Welcome,
 };
 use adit_protocol::enrol::{Granted, Outcome, Request, Response};
 use adit_protocol::frame::{self, Frame, Position};
@@ -239,6 +240,43 @@ pub(super) fn frames() -> Vec<Vec<u8>> {
 
 pub(super) fn control() -> Vec<Vec<u8>> {
     let id = || vec![7; 16];
+    let relays = || {
+        vec![RelayTicket {
+            relay: id(),
+            addresses: vec!["192.0.2.1:8002".into()],
+            ticket: sign(&a_ticket(Role::Agent)),
+        }]
+    };
+    let ice = |ufrag: &str| Some(IceCredentials { ufrag: ufrag.into(), password: PASSWORD.into() });
+    let grant = Grant {
+        request: 7,
+        session: id(),
+        peer: id(),
+        peer_name: "desk".into(),
+        peer_key: vec![2; 32],
+        local_ice: ice("abcd"),
+        remote_ice: ice("efgh"),
+        relays: relays(),
+        expires: NOW + 60,
+        targets: vec!["[::1]:22".into()],
+        via: "auto".into(),
+    };
+    let desk = AgentInfo {
+        device: id(),
+        name: "desk".into(),
+        tags: vec!["site=berlin".into()],
+        online: true,
+        last_seen: NOW,
+        software: "adit".into(),
+    };
+    let reached = Reached {
+        what: "stun".into(),
+        address: "192.0.2.1:8002".into(),
+        ok: true,
+        micros: 900,
+        detail: "mapped".into(),
+    };
+    let address = || vec!["192.0.2.1:443".to_owned()];
     let up = [
         Up::Hello(Hello {
             protocol_version: 1,
@@ -260,12 +298,20 @@ pub(super) fn control() -> Vec<Vec<u8>> {
         Up::Renew(Renew { session: id() }),
         Up::RelayUp(RelayUp { epoch: 3, addresses: vec!["192.0.2.1:8002".into()], ..Default::default() }),
         Up::Tier(Tier { session: id(), tier: "direct".into(), ..Default::default() }),
+        Up::Probed(Probed { request: 3, results: vec![reached] }),
     ];
     let down = [
         Down::Welcome(Welcome { protocol_version: 1, name: "desk".into(), ..Default::default() }),
         Down::Refused(Refused { request: 7, code: 1, message: "no".into() }),
         Down::Update(Update { certificate: device(Role::Agent), servers: vec!["a.example:443".into()] }),
         Down::Revocations(Revocations { list: vec![1; 40] }),
+        Down::Agents(Agents { request: 1, agents: vec![desk] }),
+        Down::Granted(grant.clone()),
+        Down::Offer(grant),
+        Down::Candidates(Candidates { session: id(), candidates: vec![], seen: "192.0.2.9:40000".into() }),
+        Down::Closed(Closed { session: id(), reason: "revoked".into(), ..Default::default() }),
+        Down::Tickets(Tickets { session: id(), relays: relays() }),
+        Down::Probe(Probe { request: 3, https: address(), relay: address(), stun: address() }),
     ];
     let up = up.into_iter().map(|message| ToMediator { message: Some(message) }.encode_to_vec());
     let down = down.into_iter().map(|message| ToDevice { message: Some(message) }.encode_to_vec());

@@ -6,6 +6,6 @@ mod ticks;
 mod transfer;
 
 pub use http::HttpServer;
-pub use noise::{Noise, sha256};
+pub use noise::{Noise, hex, sha256};
 pub use ticks::{TickReport, TickServer, Ticking, tick};
 pub use transfer::{TransferServer, download, stall, upload};

@@ -45,6 +45,7 @@ pub fn sha256(seed: u64, bytes: u64) -> String {
     hex(&hash.finish())
 }
 
-pub(super) fn hex(digest: &aws_lc_rs::digest::Digest) -> String {
+/// Lower-case hex.
+pub fn hex(digest: &aws_lc_rs::digest::Digest) -> String {
     digest.as_ref().iter().map(|byte| format!("{byte:02x}")).collect()
 }
