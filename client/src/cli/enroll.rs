@@ -41,7 +41,8 @@ pub(super) struct Enroll {
     #[arg(long = "tag", value_name = "KEY=VALUE")]
     tags: Vec<String>,
     /// This machine was installed anew: give up the identity that is there, and take the name of the device that
-    /// has it now, which is revoked.
+    /// has it now, which is revoked. Takes a token for one device (or one that may replace) whose tags that device
+    /// carries.
     #[arg(long)]
     replace: bool,
     /// Say the result as a JSON object: role, name, id, data.

@@ -30,7 +30,9 @@ impl Ls {
         if self.json {
             agents.iter().for_each(|agent| print_line(&to_json(agent)));
         } else if agents.is_empty() {
-            complain("this technician reaches no agent: its token's tags must all be the agent's, too");
+            complain(
+                "this technician reaches no agent (the operator: adit-mediator grants, adit-mediator allow)",
+            );
         } else {
             print_table(&agents);
         }

@@ -325,7 +325,14 @@ pub fn is_tag(tag: &str) -> bool {
         && tag.split_once('=').is_some_and(|(key, value)| is_name(key) && value.bytes().all(allowed))
 }
 
-fn valid(now: u64, seconds: u64) -> CertificateParams {
+/// What stands before the `=` of a tag.
+pub fn tag_key(tag: &str) -> &str {
+    tag.split_once('=').map_or(tag, |(key, _)| key)
+}
+
+/// Parameters of a certificate without a name, valid for so many seconds from `now` (since 1970-01-01 UTC) on, and
+/// [`BACKDATE`] back.
+pub fn valid(now: u64, seconds: u64) -> CertificateParams {
     let epoch = rcgen::date_time_ymd(1970, 1, 1);
     let mut params = CertificateParams::default();
     params.distinguished_name = rcgen::DistinguishedName::new();

@@ -279,10 +279,10 @@ impl ServerCertVerifier for PinnedVerifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
-        if intermediates.last().is_none_or(|root| fingerprint(root) != Ok(self.fingerprint)) {
+        let pinned = intermediates.last().filter(|root| fingerprint(root) == Ok(self.fingerprint));
+        let Some(root) = pinned else {
             return Err(intercepted(VerifyError::WrongFingerprint, end_entity).into());
-        }
-        let root = intermediates.last().ok_or(VerifyError::WrongFingerprint)?;
+        };
         let root = webpki::anchor_from_trusted_cert(root).map_err(|_| VerifyError::Malformed)?;
         let mediator = Expected::role(Role::Mediator);
         verify_device(&root, end_entity, &mediator, &Revocations::default(), now)?;

@@ -4,20 +4,12 @@
 //! that end's own ICE password.
 
 use adit_protocol::{Role, SessionId};
-use stun_rs::MessageDecoderBuilder;
-use stun_rs::attributes::stun::{MessageIntegrity, UserName};
 
-use super::stun::{is_authentic, is_stun};
+use super::stun::{is_authentic, username};
 
 /// Session and role in the USERNAME of a request that claims to be a handshake.
 pub fn claims(request: &[u8]) -> Option<(SessionId, Role)> {
-    if !is_stun(request) {
-        return None;
-    }
-    let (message, _) = MessageDecoderBuilder::default().build().decode(request).ok()?;
-    let username = message.get::<UserName>()?.as_user_name().ok()?.as_str().to_owned();
-    message.get::<MessageIntegrity>()?;
-    let (session, role) = username.split_once(':')?;
+    let (session, role) = username(request)?.split_once(':')?;
     Some((session.parse().ok()?, role.parse().ok()?))
 }
 
@@ -29,6 +21,7 @@ pub fn proves(request: &[u8], password: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use stun_rs::attributes::stun::{MessageIntegrity, UserName};
     use stun_rs::methods::BINDING;
     use stun_rs::{HMACKey, MessageClass, MessageEncoderBuilder, StunMessageBuilder};
 

@@ -99,11 +99,15 @@ pub fn is_authentic(datagram: &[u8], key: &[u8]) -> bool {
     false
 }
 
-/// The USERNAME of a Binding request.
+/// The USERNAME of a Binding request. What stands behind the MESSAGE-INTEGRITY, which does not cover it, does
+/// not count (RFC 8489, 14.5).
 pub(super) fn username(datagram: &[u8]) -> Option<&str> {
     let request = Message::parse(datagram).filter(|message| message.kind == BINDING_REQUEST)?;
-    let (_, value) =
-        request.attributes().map_while(|attribute| attribute).find(|(kind, _)| *kind == USERNAME)?;
+    let (_, value) = request
+        .attributes()
+        .map_while(|attribute| attribute)
+        .take_while(|(kind, _)| *kind != MESSAGE_INTEGRITY)
+        .find(|(kind, _)| *kind == USERNAME)?;
     std::str::from_utf8(value).ok()
 }
 
