@@ -61,6 +61,8 @@ pub async fn run(
     let (hub, mut offers) = Hub::start(identity);
     let mut state = hub.control().state();
     let mut sessions: Vec<(Tunnel, tokio::task::JoinHandle<()>)> = Vec::new();
+    // Why it is offline: said once, and not at every attempt.
+    let mut offline = None;
     tokio::pin!(shutdown);
     loop {
         tokio::select! {
@@ -80,10 +82,15 @@ pub async fn run(
                     break;
                 }
                 let event = match &*state.borrow_and_update() {
-                    State::Connected(_) => Some(AgentEvent::Online),
+                    State::Connected(_) => {
+                        offline = None;
+                        Some(AgentEvent::Online)
+                    }
                     State::Disconnected { reason, remedy, .. } => {
                         let remedy = remedy.as_ref().map_or(String::new(), |remedy| format!("; {remedy}"));
-                        Some(AgentEvent::Offline { reason: format!("{reason}{remedy}") })
+                        let reason = format!("{reason}{remedy}");
+                        let news = offline.replace(reason.clone()).is_none_or(|before| before != reason);
+                        news.then_some(AgentEvent::Offline { reason })
                     }
                     State::Connecting => None,
                 };

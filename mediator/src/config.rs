@@ -99,10 +99,10 @@ impl Config {
 
     fn check(&self, path: &Path) -> Result<(), Error> {
         let bad = |why: &str| Err(Error::Config { path: PathBuf::from(path), why: why.to_owned() });
-        if self.hosts.is_empty()
-            || self.hosts.len() > MAX_HOSTS
-            || !self.hosts.iter().all(|host| is_host(host))
-        {
+        if let Some(host) = self.hosts.iter().find(|host| !is_host(host)) {
+            return bad(&format!("in hosts, {host:?} is not a host name or IP address"));
+        }
+        if self.hosts.is_empty() || self.hosts.len() > MAX_HOSTS {
             return bad("hosts must name 1 to 8 host names or IP addresses");
         }
         if self.https.cert.is_some() != self.https.key.is_some() {

@@ -8,12 +8,14 @@
 //! | [`world`] | a lab with the real binaries in it: server, relays, an enrolled agent and technician |
 //! | [`traffic`] | what runs through a tunnel while something happens to it: transfers, ticks, a small HTTP server |
 //! | [`machine`] | a machine with a systemd of its own, for services and packages |
+//! | [`internet`] | connects machines: public addresses, names, customers' networks behind NAT |
 //! | [`desktop`] | a screen with a marker drawn for this run, and how to find it in a picture |
 //!
 //! By hand: `cargo run -p adit-tests --bin lab -- up --agent cone --technician symmetric`.
 
 pub mod desktop;
 pub mod harness;
+pub mod internet;
 pub mod lab;
 pub mod machine;
 pub mod process;

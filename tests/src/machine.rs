@@ -52,6 +52,11 @@ impl Machine {
         Ok(machine)
     }
 
+    /// Process id of its systemd, as this system numbers it.
+    pub fn init(&self) -> &str {
+        &self.init
+    }
+
     /// A command to run in the machine, as its root.
     pub fn command(&self, program: &str, arguments: &[&str]) -> Command {
         let mut command = Command::new("timeout");

@@ -56,7 +56,8 @@ ln -s /proc/self/fd dev/fd
 # (images of Debian for containers forbid it).
 rm -f usr/sbin/policy-rc.d
 rm -rf etc/systemd/system/*.wants etc/systemd/system/*.requires
-for unit in systemd-{sysctl,modules-load,remount-fs,update-utmp,firstboot}.service \
+# Nobody sits in front of it; and each user may have 128 inotify instances only, on all machines together.
+for unit in systemd-{logind.service,ask-password-{console,wall}.path} systemd-{sysctl,modules-load,remount-fs,update-utmp,firstboot}.service \
     dev-hugepages.mount sys-kernel-{debug,tracing,config}.mount sys-fs-fuse-connections.mount; do
     ln -sf /dev/null "etc/systemd/system/$unit"
 done

@@ -31,19 +31,16 @@ impl Stdio {
         }
         let mut connected = self.session.open("stdio", std::slice::from_ref(&self.target)).await?;
         let tunnel = connected.session.tunnel.clone();
+        let mut over = None;
         let done = {
             let copying = stdio::run(&tunnel, &self.target);
             let stop = signals::stop();
             tokio::pin!(copying, stop);
-            let mut over = None;
             loop {
                 tokio::select! {
                     // First: a target that refuses says more than a session that ends thereafter.
                     biased;
-                    done = &mut copying => break match over {
-                        Some(reason) if done.is_err() => Err(CliError::Ended(reason).into()),
-                        _ => done.map_err(Failed::from),
-                    },
+                    done = &mut copying => break done,
                     () = &mut stop => break Ok(()),
                     event = connected.next(), if over.is_none() => match event? {
                         Some(SessionEvent::Closed { reason }) => over = Some(reason),
@@ -53,7 +50,14 @@ impl Stdio {
                 }
             }
         };
-        connected.close("closed by the technician").await;
-        done
+        // The session's own end says why.
+        let cut_off = matches!(&done, Err(error) if error.is_session_ended());
+        let ended = connected.close("closed by the technician").await;
+        if let SessionEvent::Closed { reason } = ended
+            && (cut_off || done.is_err() && over.is_some())
+        {
+            return Err(CliError::Ended(over.unwrap_or(reason)).into());
+        }
+        done.map_err(Failed::from)
     }
 }

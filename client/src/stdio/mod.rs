@@ -70,6 +70,14 @@ pub enum StdioError {
     Local(io::Error),
 }
 
+impl StdioError {
+    /// Whether it is no more than the end of the session, which has a reason of its own.
+    pub fn is_session_ended(&self) -> bool {
+        let ended = StreamError::Reset(ResetCode::SessionEnded);
+        matches!(self, Self::Stream { error, .. } if *error == ended || *error == StreamError::Closed)
+    }
+}
+
 impl Failure for StdioError {
     fn exit(&self) -> Exit {
         let Self::Stream { error: StreamError::Reset(code), .. } = self else { return Exit::Failed };

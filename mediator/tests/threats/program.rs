@@ -39,11 +39,11 @@ impl Drop for Program {
 impl Program {
     /// Runs, with at most so many descriptors.
     pub(crate) fn start(descriptors: Option<u32>) -> Self {
-        Self::start_with(descriptors, &[])
+        Self::start_with(descriptors, &[], "")
     }
 
-    /// The same in another environment.
-    pub(crate) fn start_with(descriptors: Option<u32>, environment: &[(&str, &str)]) -> Self {
+    /// The same in another environment, with more settings.
+    pub(crate) fn start_with(descriptors: Option<u32>, environment: &[(&str, &str)], settings: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         Organisation::init(dir.path(), &["127.0.0.1".into()]).unwrap();
         let local = || SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
@@ -53,7 +53,7 @@ impl Program {
         // IPv6 too on the UDP port, so that both families can be measured.
         let config = format!(
             "hosts = [\"127.0.0.1\"]\n[listen]\nudp = \"[::]:{}\"\nrelay = \"{relay}\"\nhttps = \"{https}\"\n\
-             diagnostics = \"{diagnostics}\"\n",
+             diagnostics = \"{diagnostics}\"\n{settings}",
             udp.port()
         );
         std::fs::write(dir.path().join("config.toml"), config).unwrap();

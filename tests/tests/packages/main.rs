@@ -3,6 +3,8 @@
 //!
 //! Needs root; the machine is a real systemd over a throwaway overlay (see `adit_tests::machine`).
 
+mod day;
+
 use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
@@ -12,11 +14,13 @@ use std::time::{Duration, Instant};
 use adit_tests::machine::{Machine, Talk};
 use adit_tests::world::binary;
 use anyhow::{Context, ensure};
+use tempfile::TempDir;
 
 /// Everything on loopback: seconds are hours.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// `systemd-analyze security`: 0 is a locked box, 10 an open one. Of what is left, the network is the purpose.
 const MOST_EXPOSED: f64 = 1.5;
+const PACKAGES: [&str; 3] = ["adit-mediator", "adit-relay", "adit"];
 const UNITS: [&str; 3] = ["adit-mediator", "adit-relay", "adit-agent"];
 /// An echo on a port that agents allow by default.
 const ECHO: &str = "127.0.0.1:5900";
@@ -26,26 +30,17 @@ const OWN: &str = "/run/test";
 #[test]
 fn row_23_packages_and_services_without_root() -> anyhow::Result<()> {
     let steps = Steps(Instant::now());
-    let packages = tempfile::tempdir()?;
-    build(&packages.path().join("old"), &["--deb-version", "0.1.0-1"])?;
-    build(&packages.path().join("new"), &["--deb-version", "0.1.1-1"])?;
+    let packages = Packages::build()?;
     steps.done("built six packages");
 
     let machine = Machine::boot()?;
-    for packages in ["old", "new"].map(|version| packages.path().join(version)) {
-        let inside = format!("{OWN}/{}", packages.file_name().unwrap_or_default().display());
-        machine.ok(&format!("mkdir -p {inside}"))?;
-        for package in fs::read_dir(&packages)? {
-            let package = package?;
-            let to = machine.path(&inside).join(package.file_name());
-            fs::copy(package.path(), to)?;
-        }
-    }
     network_and_echo(&machine)?;
     let before = everything(&machine)?;
     steps.done("booted a machine");
 
-    machine.ok(&format!("dpkg --install {OWN}/old/*.deb"))?;
+    for package in PACKAGES {
+        packages.install(&machine, "old", package)?;
+    }
     for unit in UNITS {
         let is = machine.sh(&format!("systemctl is-enabled {unit}; systemctl is-active {unit}"))?;
         ensure!(is.stdout == "disabled\ninactive\n", "{unit} right after the package: {is:?}");
@@ -79,7 +74,7 @@ fn row_23_packages_and_services_without_root() -> anyhow::Result<()> {
     drop(session);
     steps.done("looked into the sandboxes");
 
-    upgrade(&machine, &steps)?;
+    upgrade(&machine, &packages, &steps)?;
 
     removal(&machine, &before, &steps)
 }
@@ -157,14 +152,34 @@ impl Steps {
     }
 }
 
-/// The one command that builds packages, quick rather than small.
-fn build(dir: &Path, options: &[&str]) -> anyhow::Result<()> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/packages");
-    let built = Command::new(script).arg(dir).arg("--fast").args(options).output()?;
-    ensure!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
-    let count = fs::read_dir(dir)?.count();
-    ensure!(count == 3, "{count} packages in {}", dir.display());
-    Ok(())
+/// Two versions of the packages.
+struct Packages(TempDir);
+
+impl Packages {
+    /// By the one command that builds them, quick rather than small.
+    fn build() -> anyhow::Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../deploy/packages");
+        for (which, version) in [("old", "0.1.0-1"), ("new", "0.1.1-1")] {
+            let to = dir.path().join(which);
+            let built = Command::new(&script).arg(&to).args(["--fast", "--deb-version", version]).output()?;
+            ensure!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+            let count = fs::read_dir(&to)?.count();
+            ensure!(count == PACKAGES.len(), "{count} packages in {}", to.display());
+        }
+        Ok(Self(dir))
+    }
+
+    /// Installs, or upgrades, one of them in a machine.
+    fn install(&self, machine: &Machine, version: &str, package: &str) -> anyhow::Result<()> {
+        let mut all = fs::read_dir(self.0.path().join(version))?.filter_map(Result::ok);
+        let named = |name: &str| name.starts_with(&format!("{package}_"));
+        let file = all.find(|file| file.file_name().to_str().is_some_and(named)).context("a package")?;
+        machine.ok(&format!("mkdir -p {OWN}"))?;
+        fs::copy(file.path(), machine.path(OWN).join("package.deb"))?;
+        machine.ok(&format!("dpkg --install {OWN}/package.deb"))?;
+        Ok(())
+    }
 }
 
 /// An address beside loopback, for direct paths, and something to connect to.
@@ -361,17 +376,19 @@ fn spliced(machine: &Machine) -> anyhow::Result<()> {
 }
 
 /// New packages while sessions run: they go on.
-fn upgrade(machine: &Machine, steps: &Steps) -> anyhow::Result<()> {
+fn upgrade(machine: &Machine, packages: &Packages, steps: &Steps) -> anyhow::Result<()> {
     let pid = |unit: &str| machine.ok(&format!("systemctl show -P MainPID {unit}"));
     let mut session = talk(machine, "another", "relay")?;
     echo(&mut session, "before")?;
     for (package, unit) in
         [("adit-mediator", "adit-mediator"), ("adit-relay", "adit-relay"), ("adit", "adit-agent")]
     {
-        let old = pid(unit)?;
-        machine.ok(&format!("dpkg --install {OWN}/new/{package}_*.deb"))?;
-        machine.wait(&format!("systemctl is-active {unit}"), PATIENCE)?;
-        ensure!(pid(unit)? != old, "{unit} was not restarted");
+        let old = pid(unit)?.trim().to_owned();
+        packages.install(machine, "new", package)?;
+        // An agent without a session makes way for the new one by itself, a moment later.
+        let running =
+            format!("systemctl is-active {unit} && test $(systemctl show -P MainPID {unit}) != {old}");
+        machine.wait(&running, PATIENCE)?;
         let version = machine.ok(&format!("dpkg-query --show --showformat '${{Version}}' {package}"))?;
         ensure!(version == "0.1.1-1", "{package} is {version}");
         let took = echo(&mut session, &format!("after {package}"))?;
