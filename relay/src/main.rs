@@ -6,6 +6,11 @@ use adit_client::exit::{Exit, Failure, report};
 use adit_relay::cli::Cli;
 use clap::Parser;
 
+/// glibc's keeps what a flood has taken.
+#[cfg(target_os = "linux")]
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 #[tokio::main]
 async fn main() -> ExitCode {
     let cli = Cli::parse();

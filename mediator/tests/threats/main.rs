@@ -173,8 +173,7 @@ fn row_07_guessing_tokens() {
 fn row_08_silent_connections() {
     let _alone = alone();
     adit_relay::listen::raise_descriptor_limit();
-    // One heap: with several, how much of each is in use is chance, and drowns five per cent.
-    let program = Program::start_with(None, &[("MALLOC_ARENA_MAX", "1")], "");
+    let program = Program::start(None);
     let started = program.resident() / 1024;
     let start = Instant::now();
     let mut genuine = Genuine::new(&program);

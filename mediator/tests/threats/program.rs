@@ -39,11 +39,11 @@ impl Drop for Program {
 impl Program {
     /// Runs, with at most so many descriptors.
     pub(crate) fn start(descriptors: Option<u32>) -> Self {
-        Self::start_with(descriptors, &[], "")
+        Self::start_with(descriptors, "")
     }
 
-    /// The same in another environment, with more settings.
-    pub(crate) fn start_with(descriptors: Option<u32>, environment: &[(&str, &str)], settings: &str) -> Self {
+    /// The same with more settings.
+    pub(crate) fn start_with(descriptors: Option<u32>, settings: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         Organisation::init(dir.path(), &["127.0.0.1".into()]).unwrap();
         let local = || SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
@@ -67,7 +67,6 @@ impl Program {
             "run",
         ]);
         command.arg("--data").arg(dir.path()).env_remove("ADIT_LOG").env_remove("ADIT_DATA");
-        command.envs(environment.iter().copied());
         let mut child = command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         let log = Arc::new(Mutex::new(Vec::new()));
         let (lines, pipe) = (log.clone(), child.stderr.take().unwrap());

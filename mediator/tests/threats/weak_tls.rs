@@ -15,7 +15,7 @@ use super::program::Program;
 fn row_19_weak_tls() {
     let _alone = alone();
     // A scanner earns penalties within a second: then there would be nothing to see.
-    let program = Program::start_with(None, &[], "[limits]\nexempt = [\"127.0.0.1\"]\n");
+    let program = Program::start_with(None, "[limits]\nexempt = [\"127.0.0.1\"]\n");
     for (port, tls) in [(program.https, true), (program.relay, false)] {
         let scan = Command::new("sslscan").args(["--no-colour", &port.to_string()]).output();
         let scan = String::from_utf8(scan.expect("sslscan (Debian: sslscan) starts").stdout).unwrap();

@@ -43,6 +43,8 @@ pub struct Topology {
     pub technician: NatKind,
     /// Hosts in the server network beside `server`, for relays.
     pub relays: usize,
+    /// Whether there is a host with a public address that is none of ours.
+    pub stranger: bool,
     /// Each site's line, once everything is up.
     pub link: Link,
 }
@@ -50,12 +52,18 @@ pub struct Topology {
 impl Topology {
     /// An agent and a technician behind these NATs, one server, lines without delay or limit.
     pub fn new(agent: NatKind, technician: NatKind) -> Self {
-        Self { agent, technician, relays: 0, link: Link::default() }
+        Self { agent, technician, relays: 0, stranger: false, link: Link::default() }
     }
 
     /// With so many hosts for relays beside the server.
     pub fn relays(mut self, relays: usize) -> Self {
         self.relays = relays;
+        self
+    }
+
+    /// With a host in the server network that is none of ours.
+    pub fn stranger(mut self) -> Self {
+        self.stranger = true;
         self
     }
 
@@ -82,6 +90,8 @@ pub struct Lab {
     pub server: Host,
     /// Hosts for more relays.
     pub relays: Vec<Host>,
+    /// See [`Topology::stranger`].
+    pub stranger: Option<Host>,
     _namespaces: patchbay::Lab,
 }
 
@@ -97,11 +107,13 @@ impl Lab {
         for n in 1..=topology.relays {
             relays.push(add(&format!("relay{n}")).await?);
         }
+        let stranger = if topology.stranger { Some(add("stranger").await?) } else { None };
         let mut up = Self {
             agent: Site::up(&lab, "agent", topology.agent, "192.168.10.0/24").await?,
             technician: Site::up(&lab, "technician", topology.technician, "192.168.20.0/24").await?,
             server,
             relays,
+            stranger,
             _namespaces: lab,
         };
         up.set_links(topology.link)?;
