@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use adit_protocol::DeviceId;
 use adit_protocol::control::Reached;
+use futures_util::stream::{FuturesUnordered, StreamExt};
 use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
@@ -182,16 +183,19 @@ impl Server {
         Ok(Self { listener, path })
     }
 
-    /// Answers, one after the other, until dropped. `apply` lets new settings take effect.
+    /// Answers until dropped: a probe that waits for its device holds up no revocation. `apply` lets new settings
+    /// take effect.
     pub async fn serve(self, broker: Arc<Broker>, apply: impl Fn() -> Result<(), Error> + Sync) {
+        let mut commands = FuturesUnordered::new();
         loop {
-            match self.listener.accept().await {
-                Ok((socket, _)) => {
-                    if let Err(error) = serve_one(socket, &broker, &apply).await {
-                        warn!(%error, "a command of the operator was not answered");
-                    }
-                }
-                Err(_) => sleep(REST).await,
+            tokio::select! {
+                accepted = self.listener.accept() => match accepted {
+                    Ok((socket, _)) => commands.push(serve_one(socket, &broker, &apply)),
+                    Err(_) => sleep(REST).await,
+                },
+                Some(answered) = commands.next() => if let Err(error) = answered {
+                    warn!(%error, "a command of the operator was not answered");
+                },
             }
         }
     }

@@ -77,6 +77,13 @@ impl Operator {
         self.audit.write(&record).await.map_err(|_| Error::NotWritten(self.dir.join(AUDIT)))
     }
 
+    /// Writes down that somebody loses a right. A disk that takes no record keeps nobody in: the operator is warned.
+    pub async fn write_down_loss(&self, event: &str, device: &Device, detail: &str) {
+        if let Err(error) = self.write_down(event, device, detail).await {
+            eprintln!("warning: {error}; it is done all the same");
+        }
+    }
+
     /// Writes down something that is about the organisation as a whole.
     ///
     /// # Errors

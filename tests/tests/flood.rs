@@ -58,6 +58,8 @@ async fn flood(sources: u8) -> anyhow::Result<()> {
         (connections, datagrams, time) = (connections + done.0, datagrams + done.1, time + done.2);
         if round == 0 {
             until_quiet(&world).await?;
+            // The allocator gives back what was not used for a second.
+            tokio::time::sleep(Duration::from_secs(3)).await;
             before = resident(&world)?;
         }
     }

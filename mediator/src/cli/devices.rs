@@ -235,7 +235,7 @@ impl Revoke {
     /// [`Error`].
     pub(super) async fn run(self) -> Result<(), Error> {
         let (operator, device) = self.which.find().await?;
-        operator.write_down("revoked", &device, "").await?;
+        operator.write_down_loss("revoked", &device, "").await;
         operator.database(operator.store.revoke(device.id, unix_now()).await)?;
         println!("{} {} ({}) is revoked and cannot come back", device.role, device.name, device.id);
         let authority = operator.authority();

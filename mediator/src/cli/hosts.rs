@@ -69,6 +69,7 @@ impl Hosts {
         if hosts != before {
             parse_hosts(&hosts)?;
             let operator = Operator::open(dir).await?;
+            operator.write_down_deed("hosts changed", &format!("to {}", hosts.join(", "))).await?;
             config::set_hosts(dir, &hosts)?;
             say(operator.tell().await?, "devices that are online have been told");
         }

@@ -19,7 +19,7 @@ use crate::demo::{self, Demo};
 use crate::error::Error;
 #[cfg(target_os = "linux")]
 use crate::install::{Install, Uninstall};
-use crate::operator::become_owner;
+use crate::operator::{Operator, become_owner};
 use crate::organisation::Organisation;
 use crate::server::Mediator;
 use crate::token::{self, Wanted};
@@ -253,8 +253,15 @@ async fn make_token(arguments: Token) -> Result<(), Error> {
     if role != Role::Technician && all_agents {
         eprintln!("warning: --all-agents means nothing for the role {role}");
     }
+    let reaches = if all_agents { "all agents".to_owned() } else { tags.join(" ") };
+    let replaces = if may_replace { ", may replace" } else { "" };
+    let what = format!("{role}, {uses} uses within {ttl}{replaces}: {reaches}");
     let wanted = Wanted { role, ttl: token::parse_ttl(&ttl)?, uses, tags, all_agents, may_replace };
-    println!("{}", token::make(data.owned()?, wanted).await?);
+    let dir = data.owned()?;
+    let token = token::make(dir, wanted).await?;
+    // Nobody has it before its record is there.
+    Operator::open(dir).await?.write_down_deed("token made", &what).await?;
+    println!("{token}");
     Ok(())
 }
 

@@ -99,7 +99,7 @@ impl Deny {
             let has = grants.iter().map(ToString::to_string).collect();
             return Err(Error::NoGrant { number, technician: technician.name, has });
         }
-        operator.write_down("denied", &technician, &lost.join("; ")).await?;
+        operator.write_down_loss("denied", &technician, &lost.join("; ")).await;
         operator.database(operator.store.deny(technician.id, self.grant).await)?;
         println!(
             "{} has lost {}",

@@ -200,6 +200,8 @@ fn row_08_silent_connections() {
             measured.holds();
         }
         program.until_quiet();
+        // The allocator gives back what was not used for a second.
+        std::thread::sleep(Duration::from_secs(3));
         resident.push(program.resident() / 1024);
     }
     println!(
