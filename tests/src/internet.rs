@@ -13,8 +13,10 @@ use crate::machine::Machine;
 const NAMES: &str = "198.51.100.1";
 /// First three numbers of every customer's network.
 const PRIVATE: &str = "192.168.178";
-/// A bridge that is up.
-const BRIDGE: &str = "ip link set lo up; ip link add bridge type bridge && ip link set bridge up";
+/// A bridge that is up. With an address of its own: else it takes that of its lowest port, and whoever is there already
+/// loses it for seconds when another machine joins.
+const BRIDGE: &str =
+    "ip link set lo up; ip link add bridge address 02:00:00:00:00:01 type bridge && ip link set bridge up";
 
 /// The internet. It ends when dropped.
 pub struct Internet {
@@ -44,7 +46,14 @@ impl Internet {
             .wires
             .command("dnsmasq")
             .args(["--keep-in-foreground", "--conf-file=/dev/null", "--pid-file", "--user=root"])
-            .args(["--no-resolv", "--no-hosts", "--bind-interfaces", "--listen-address", NAMES])
+            .args([
+                "--no-resolv",
+                "--no-hosts",
+                "--local=/example.org/",
+                "--bind-interfaces",
+                "--listen-address",
+                NAMES,
+            ])
             .arg(format!("--addn-hosts={}", hosts.display()))
             .stderr(Stdio::null())
             .spawn()
