@@ -27,6 +27,8 @@ const EXE: &str = "ADIT_WINDOWS_EXE";
 const WINE: &str = "ADIT_WINE";
 /// How long anything may take that waits for no more than a program's start. Wine is slow to start.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long Wine may start its own services, one at a time, before it starts ours.
+const BOOTING: Duration = Duration::from_secs(150);
 /// How long a transfer may take.
 const TRANSFER: Duration = Duration::from_secs(60);
 /// Allowed, and nobody listens.
@@ -126,7 +128,7 @@ async fn wine_service(stage: &Stage) -> anyhow::Result<()> {
     let service = async |arguments: &[&str]| {
         let arguments = [&["service"], arguments].concat();
         let process = Process::here(stage.adit(System::Wine, &arguments, "agent")?)?;
-        process.finish(PATIENCE).await
+        process.finish(BOOTING).await
     };
     // In the order of its help: the directory is made before a key is in it.
     let installed = service(&["install"]).await?;

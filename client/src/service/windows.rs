@@ -43,8 +43,8 @@ const RESTARTS: [Duration; 3] = [Duration::from_secs(2), Duration::from_secs(15)
 const FORGIVEN: Duration = Duration::from_secs(3600);
 /// How long it may take to stop: the technicians are told.
 const STOPPING: Duration = Duration::from_secs(20);
-/// How long the service manager may be busy with another service's start.
-const BUSY: Duration = Duration::from_secs(30);
+/// How long the service manager may be busy with the start of others: after a boot it starts all of them.
+const BUSY: Duration = Duration::from_secs(120);
 /// Nobody announces that a service has stopped, or that the service manager is free.
 const POLL: Duration = Duration::from_millis(100);
 
@@ -258,9 +258,13 @@ fn configure(service: &Service) -> windows_service::Result<()> {
 /// Starts the service, when no other one is being started any more.
 fn start(service: &Service) -> Result<(), ServiceError> {
     let deadline = Instant::now() + BUSY;
+    let mut said = false;
     loop {
         match service.start::<OsString>(&[]) {
             Err(error) if is(&error, DATABASE_LOCKED) && Instant::now() < deadline => {
+                if !std::mem::replace(&mut said, true) {
+                    tracing::info!("the service manager is starting other services; waiting for it");
+                }
                 std::thread::sleep(POLL);
             }
             started => return started.map_err(refused("start the service")),
