@@ -15,7 +15,7 @@ use tracing::{info, warn};
 use crate::audit::{NotWritten, Record};
 use crate::broker::{Broker, UNRECORDED, party};
 use crate::organisation::unix_now;
-use crate::store::{Candidate, Device, EnrolError};
+use crate::store::{Candidate, Device, EnrolError, Enrolled, Pending};
 
 /// Hosts that a relay may name.
 const MAX_HOSTS: usize = 8;
@@ -106,32 +106,20 @@ impl Enroller {
             replace: request.replace,
             sign: &sign,
         };
-        let enrolled = broker.store.enrol(&candidate, unix_now()).await.map_err(|error| match &error {
-            EnrolError::Database(_) | EnrolError::NotSigned => unavailable(&error),
-            EnrolError::UnknownToken => Failed::WrongToken(error.to_string()),
-            _ => Failed::Refused(error.to_string()),
-        })?;
-        let device = enrolled.device;
-        // It, and a technician's first grant with it, counts once its record is there. An earlier try with the same
-        // key may have been cut off before that.
-        let mut recorded = Ok(());
-        if !enrolled.again || broker.directory.get(device.id).is_none() {
-            recorded = self.write_down("enrolled", &device, from).await;
-            if recorded.is_ok() {
-                broker.directory.add(device.id).await.map_err(|error| unavailable(&error.into()))?;
-                info!(device = %device.id, role = %device.role, name = device.name, "enrolled");
-            }
+        let pending = broker.store.prepare_enrolment(&candidate, unix_now()).await.map_err(failed)?;
+        // It, and a technician's first grant with it, counts only with its record. A record may be of an enrolment
+        // that the database refuses in the end; that is tried again with a record of its own.
+        let Enrolled { device, again, replaced } = &pending.enrolled;
+        if !again {
+            self.write_down("enrolled", device, from).await?;
         }
-        if let Some(old) = enrolled.replaced {
-            info!(device = %old.id, name = old.name, "replaced: the old identity is revoked");
-            if self.write_down("replaced", &old, from).await.is_err() {
-                warn!("an audit record was lost");
-            }
-            if let Err(error) = broker.reload().await {
-                warn!(%error, "the database failed");
-            }
+        if let Some(old) = replaced {
+            self.write_down("replaced", old, from).await?;
         }
-        recorded.map_err(|NotWritten| Failed::Unavailable(UNRECORDED.into()))?;
+        // It is brought to its end, also when whoever asked is gone meanwhile.
+        let admitting = tokio::spawn(admit(broker.clone(), pending));
+        let done = admitting.await.map_err(|error| Failed::Unavailable(error.to_string()))?;
+        let device = done.map_err(|error| failed(error.into()))?;
         let greeting = broker.greeting();
         Ok(Granted {
             device_id: device.id.0.to_vec(),
@@ -145,7 +133,7 @@ impl Enroller {
         })
     }
 
-    async fn write_down(&self, event: &str, device: &Device, from: SocketAddr) -> Result<(), NotWritten> {
+    async fn write_down(&self, event: &str, device: &Device, from: SocketAddr) -> Result<(), Failed> {
         let (from, tags) = (from.to_string(), device.tags.join(" "));
         let record = Record {
             device: Some(party(device)),
@@ -153,15 +141,40 @@ impl Enroller {
             reason: &tags,
             ..Record::new(event, unix_now())
         };
-        self.broker.audit.write(&record).await
+        let written = self.broker.audit.write(&record).await;
+        written.map_err(|NotWritten| Failed::Unavailable(UNRECORDED.into()))
     }
 }
 
-fn unavailable(error: &EnrolError) -> Failed {
-    if let EnrolError::Database(cause) = error {
-        warn!(%cause, "the database failed");
+/// Makes the enrolment count: in the database, and for this mediator.
+async fn admit(broker: Arc<Broker>, pending: Pending) -> Result<Device, sqlx::Error> {
+    let Enrolled { device, again, replaced } = pending.commit().await?;
+    if !again {
+        info!(device = %device.id, role = %device.role, name = device.name, "enrolled");
     }
-    Failed::Unavailable(error.to_string())
+    if let Some(old) = &replaced {
+        info!(device = %old.id, name = old.name, "replaced: the old identity is revoked");
+    }
+    // An earlier try may have been cut off before this, by a restart or a database that failed.
+    let unknown = broker.directory.get(device.id).is_none();
+    if replaced.is_some() || (again && unknown) {
+        broker.reload().await?;
+    } else if unknown {
+        broker.directory.add(device.id).await?;
+    }
+    Ok(device)
+}
+
+fn failed(error: EnrolError) -> Failed {
+    match &error {
+        EnrolError::Database(cause) => {
+            warn!(%cause, "the database failed");
+            Failed::Unavailable(error.to_string())
+        }
+        EnrolError::NotSigned => Failed::Unavailable(error.to_string()),
+        EnrolError::UnknownToken => Failed::WrongToken(error.to_string()),
+        _ => Failed::Refused(error.to_string()),
+    }
 }
 
 /// What is kept of a token's secret. It has 128 random bits: a plain hash is enough.

@@ -173,6 +173,13 @@ async fn without_an_audit_record_there_is_no_grant() {
     server.stop().await;
     let next = timeout(PATIENCE, agent_channel.recv()).await.expect("in time");
     assert!(matches!(next, Err(Ended::ByPeer | Ended::Broken(_))), "{next:?}");
+    // Nothing of the refused enrolment has happened: neither a restart lets it in, nor is the token spent.
+    std::fs::remove_file(&record).expect("removes");
+    server.run().await.expect("runs again");
+    let mut technician_channel = dial(&technician).await;
+    assert_eq!(refusal(&mut technician_channel, "another").await.0, RefusedCode::UnknownAgent);
+    server.enrol(&token, "another").await.expect("enrols");
+    assert_eq!(server.audit().last().expect("a line")["event"], "enrolled");
 }
 
 #[tokio::test]

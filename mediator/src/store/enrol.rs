@@ -2,7 +2,7 @@
 
 use adit_client::identity::certificate::tag_key;
 use adit_protocol::Role;
-use sqlx::{Row, SqliteConnection};
+use sqlx::{Row, Sqlite, SqliteConnection};
 
 use super::device::{insert_grant, read_device};
 use super::{Device, Store, decode, join, split};
@@ -56,6 +56,24 @@ pub struct Enrolled {
     pub replaced: Option<Device>,
 }
 
+/// An enrolment that waits to be done. Dropped, nothing has happened.
+pub struct Pending {
+    tx: sqlx::Transaction<'static, Sqlite>,
+    /// What it will have done.
+    pub enrolled: Enrolled,
+}
+
+impl Pending {
+    /// Does it.
+    ///
+    /// # Errors
+    /// The database's.
+    pub async fn commit(self) -> Result<Enrolled, sqlx::Error> {
+        self.tx.commit().await?;
+        Ok(self.enrolled)
+    }
+}
+
 impl Store {
     /// Keeps a new token.
     ///
@@ -83,12 +101,16 @@ impl Store {
         sqlx::query("DELETE FROM tokens").execute(&self.pool).await.map(|done| done.rows_affected())
     }
 
-    /// Spends one use of a token and enrols the device; all of it or nothing. The same token with the
-    /// same key gives the same device again and spends nothing.
+    /// Spends one use of a token and enrols the device, once it is committed; all of it or nothing. The same
+    /// token with the same key gives the same device again and spends nothing. Nobody else writes meanwhile.
     ///
     /// # Errors
     /// [`EnrolError`].
-    pub async fn enrol(&self, candidate: &Candidate<'_>, now: u64) -> Result<Enrolled, EnrolError> {
+    pub async fn prepare_enrolment(
+        &self,
+        candidate: &Candidate<'_>,
+        now: u64,
+    ) -> Result<Pending, EnrolError> {
         // Only one at a time may write: guesses must not make genuine devices wait for it.
         if !self.has_token(&candidate.token).await? {
             return Err(EnrolError::UnknownToken);
@@ -104,7 +126,7 @@ impl Store {
                 return Err(EnrolError::Revoked);
             }
             if token == candidate.token {
-                return Ok(Enrolled { device, again: true, replaced: None });
+                return Ok(Pending { tx, enrolled: Enrolled { device, again: true, replaced: None } });
             }
             if device.seen.at > 0 {
                 return Err(EnrolError::KeyInUse(device.name));
@@ -153,12 +175,14 @@ impl Store {
             let id = insert_grant(&mut tx, device.id, &token.tags, token.all_agents, now).await?;
             device.grants.push(super::Grant { id, tags: token.tags, all: token.all_agents });
         }
-        tx.commit().await?;
-        Ok(Enrolled { device, again: false, replaced })
+        Ok(Pending { tx, enrolled: Enrolled { device, again: false, replaced } })
     }
-}
 
-impl Store {
+    #[cfg(test)]
+    pub(super) async fn enrol(&self, candidate: &Candidate<'_>, now: u64) -> Result<Enrolled, EnrolError> {
+        Ok(self.prepare_enrolment(candidate, now).await?.commit().await?)
+    }
+
     async fn has_token(&self, hash: &[u8; 32]) -> Result<bool, sqlx::Error> {
         let found = sqlx::query_scalar::<_, i64>("SELECT 1 FROM tokens WHERE hash = ?");
         Ok(found.bind(hash.as_slice()).fetch_optional(&self.pool).await?.is_some())

@@ -21,7 +21,7 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, S
 use crate::error::Error;
 
 pub use device::{Device, Grant, Seen};
-pub use enrol::{Candidate, EnrolError, Token};
+pub use enrol::{Candidate, EnrolError, Enrolled, Pending, Token};
 
 /// How long another process may hold the database (`token` while `run` runs).
 const BUSY: Duration = Duration::from_secs(10);
