@@ -7,6 +7,7 @@ use adit_protocol::control::{Answer, Grant, Tier, Up};
 use adit_protocol::frame::ResetCode;
 use adit_tunnel::session::End;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use tracing::info;
 
 use crate::allow::AllowList;
@@ -51,24 +52,29 @@ pub enum AgentEvent {
     },
 }
 
-/// Runs an agent until the task is dropped or `shutdown` completes; then every session is told.
+/// Runs an agent until the task is dropped or `shutdown` completes; then every session is told. When `retire`
+/// completes it goes on until no session is open.
 pub async fn run(
     identity: Arc<Live>,
     allow: Arc<AllowList>,
     events: mpsc::Sender<AgentEvent>,
     shutdown: impl Future<Output = ()>,
+    retire: impl Future<Output = ()>,
 ) {
     let (hub, mut offers) = Hub::start(identity);
     let mut state = hub.control().state();
-    let mut sessions: Vec<(Tunnel, tokio::task::JoinHandle<()>)> = Vec::new();
+    let mut sessions: Vec<(Tunnel, JoinHandle<()>)> = Vec::new();
     // Why it is offline: said once, and not at every attempt.
     let mut offline = None;
-    tokio::pin!(shutdown);
+    let mut retiring = false;
+    tokio::pin!(shutdown, retire);
     loop {
+        sessions.retain(|(_, task)| !task.is_finished());
         tokio::select! {
+            // An offer comes before the end of the last session: nobody who was let in is sent away.
+            biased;
             offer = offers.recv() => {
                 let Some(offer) = offer else { break };
-                sessions.retain(|(_, task)| !task.is_finished());
                 // A session whose technician is gone makes room, the oldest first.
                 if sessions.len() >= MAX_SESSIONS
                     && let Some(at) = sessions.iter().position(|(tunnel, _)| tunnel.carriers().is_empty())
@@ -99,9 +105,21 @@ pub async fn run(
                 }
             }
             () = &mut shutdown => break,
+            () = &mut retire, if !retiring => {
+                retiring = true;
+                info!(sessions = sessions.len(), "this agent ends when no session is open");
+            }
+            () = all_ended(&mut sessions), if retiring => break,
         }
     }
     sessions.iter().for_each(|(tunnel, _)| tunnel.close("the agent was stopped"));
+    for (_, task) in sessions {
+        let _ = task.await;
+    }
+}
+
+/// Completes when every one of these sessions has ended.
+async fn all_ended(sessions: &mut [(Tunnel, JoinHandle<()>)]) {
     for (_, task) in sessions {
         let _ = task.await;
     }
@@ -113,19 +131,19 @@ async fn take_offer(
     running: usize,
     allow: &Arc<AllowList>,
     events: &mpsc::Sender<AgentEvent>,
-) -> Option<(Tunnel, tokio::task::JoinHandle<()>)> {
+) -> Option<(Tunnel, JoinHandle<()>)> {
     let id = offer.session.clone();
     let granted: Vec<Target> = offer.targets.iter().filter_map(|target| target.parse().ok()).collect();
     let via: Via = offer.via.parse().unwrap_or_default();
-    let opened = if running < MAX_SESSIONS { hub.open_session(End::Agent, offer, via, None) } else { None };
-    let reason = match &opened {
-        Some(_) => String::new(),
-        None if running < MAX_SESSIONS => "it was ended before it began".to_owned(),
-        None => format!("{running} sessions are open"),
+    let opened = if running < MAX_SESSIONS {
+        hub.open_session(End::Agent, offer, via, None).map_err(|error| error.to_string())
+    } else {
+        Err(format!("{running} sessions are open"))
     };
-    let answer = Answer { session: id, accepted: opened.is_some(), reason };
+    let reason = opened.as_ref().err().cloned().unwrap_or_default();
+    let answer = Answer { session: id, accepted: opened.is_ok(), reason };
     let _ = hub.control().send(Up::Answer(answer)).await;
-    let session = opened?;
+    let session = opened.ok()?;
     info!(session = %session.id, technician = session.peer_name, "session opened");
     let (tunnel, peer) = (session.tunnel.clone(), session.peer_name.clone());
     let _ = events.send(AgentEvent::Opened { session: session.id, peer, tunnel: tunnel.clone() }).await;

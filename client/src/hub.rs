@@ -49,8 +49,8 @@ type Sessions = Arc<Mutex<Known>>;
 #[derive(Default)]
 struct Known {
     open: HashMap<SessionId, Entry>,
-    /// Ended by the mediator before they were open here: the newest ones.
-    ended: VecDeque<SessionId>,
+    /// Ended by the mediator before they were open here, and why: the newest ones.
+    ended: VecDeque<(SessionId, String)>,
 }
 
 struct Entry {
@@ -70,6 +70,17 @@ pub struct OpenSession {
     pub tunnel: Tunnel,
     /// What happens to it.
     pub events: mpsc::Receiver<SessionEvent>,
+}
+
+/// Why a session that was granted is not opened.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NotOpened {
+    /// What the mediator said is no grant.
+    #[error("the mediator's grant makes no sense")]
+    Nonsense,
+    /// The mediator has taken it back meanwhile.
+    #[error("the session has ended: {0}")]
+    Ended(String),
 }
 
 /// Why a request has no answer.
@@ -134,17 +145,19 @@ impl Hub {
     }
 
     /// Starts this end of a session that was granted. `called` is the name or device id that the user
-    /// asked for: whatever the mediator says, the other end's certificate must have it. `None`: the grant
-    /// makes no sense, or was taken back.
+    /// asked for: whatever the mediator says, the other end's certificate must have it.
+    ///
+    /// # Errors
+    /// [`NotOpened`].
     pub fn open_session(
         &self,
         end: End,
         grant: Grant,
         via: Via,
         called: Option<&str>,
-    ) -> Option<OpenSession> {
-        let id = SessionId::try_from(&grant.session[..]).ok()?;
-        let peer = DeviceId::try_from(&grant.peer[..]).ok()?;
+    ) -> Result<OpenSession, NotOpened> {
+        let id = SessionId::try_from(&grant.session[..]).map_err(|_| NotOpened::Nonsense)?;
+        let peer = DeviceId::try_from(&grant.peer[..]).map_err(|_| NotOpened::Nonsense)?;
         let welcome = match &*self.control.state().borrow() {
             State::Connected(welcome) => welcome.clone(),
             _ => Arc::default(),
@@ -153,8 +166,8 @@ impl Hub {
         let (peer_name, peer_key) = (grant.peer_name.clone(), grant.peer_key.clone());
         // Nothing is heard of it meanwhile.
         let mut sessions = lock(&self.sessions);
-        if sessions.ended.contains(&id) {
-            return None;
+        if let Some((_, reason)) = sessions.ended.iter().find(|(ended, _)| *ended == id) {
+            return Err(NotOpened::Ended(reason.clone()));
         }
         let (tunnel, mut inner) = session::start(Parts {
             identity: self.identity.get(),
@@ -187,7 +200,7 @@ impl Hub {
             }
             lock(&sessions).open.remove(&id);
         });
-        Some(OpenSession { id, peer_name, tunnel, events })
+        Ok(OpenSession { id, peer_name, tunnel, events })
     }
 
     /// The one UDP socket, bound when it is first needed.
@@ -279,7 +292,7 @@ fn close(closed: &Closed, sessions: &Sessions) {
         Some(entry) => entry.tunnel.close(&closed.reason),
         None => {
             sessions.ended.truncate(MAX_ENDED - 1);
-            sessions.ended.push_front(id);
+            sessions.ended.push_front((id, closed.reason.clone()));
         }
     }
 }

@@ -5,7 +5,7 @@ use std::io::{IsTerminal, stderr};
 use std::{io, path::Path, sync::Mutex};
 
 use tracing::Level;
-use tracing_subscriber::filter::{EnvFilter, FilterExt, filter_fn};
+use tracing_subscriber::filter::{EnvFilter, FilterExt, LevelFilter, filter_fn};
 use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::{Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
@@ -60,6 +60,8 @@ fn init(
         *metadata.level() <= Level::INFO
             || !CARRIERS.iter().any(|carrier| metadata.target().starts_with(carrier))
     });
+    // Without a hint of its own it would take away that of `wanted`, and every library would make its TRACE lines.
+    let harmless = harmless.with_max_level_hint(LevelFilter::TRACE);
     let lines = tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(colours);
     let _ = tracing_subscriber::registry().with(lines.with_filter(wanted.and(harmless))).try_init();
     Ok(())

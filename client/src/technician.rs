@@ -9,7 +9,7 @@ use adit_tunnel::session::End;
 
 use crate::control::maintain::State;
 use crate::exit::{Exit, Failure};
-use crate::hub::{Hub, OpenSession, RequestError};
+use crate::hub::{Hub, NotOpened, OpenSession, RequestError};
 use crate::identity::Live;
 use crate::via::Via;
 
@@ -32,7 +32,7 @@ impl Technician {
         let first = state.wait_for(|state| !matches!(state, State::Connecting));
         let failed = match tokio::time::timeout(CONNECT, first).await {
             Ok(Ok(state)) => match &*state {
-                State::Disconnected { reason, remedy, exit } => Some(TechnicianError::NoMediator {
+                State::Disconnected { reason, remedy, exit, .. } => Some(TechnicianError::NoMediator {
                     reason: reason.clone(),
                     remedy: remedy.clone(),
                     exit: *exit,
@@ -74,9 +74,7 @@ impl Technician {
             Up::Open(Open { request, agent: agent.to_owned(), targets, via: via.as_str().to_owned() })
         };
         match self.hub.request(open).await? {
-            Down::Granted(grant) => {
-                self.hub.open_session(End::Technician, grant, via, Some(agent)).ok_or(TechnicianError::Gone)
-            }
+            Down::Granted(grant) => Ok(self.hub.open_session(End::Technician, grant, via, Some(agent))?),
             Down::Refused(refused) => Err(TechnicianError::refused(refused)),
             _ => Err(TechnicianError::Gone),
         }
@@ -102,6 +100,9 @@ pub enum TechnicianError {
     /// The channel was lost in between.
     #[error("the connection to the mediator was lost")]
     Gone,
+    /// It was granted, and came to nothing.
+    #[error(transparent)]
+    NotOpened(#[from] NotOpened),
     /// The mediator said no.
     #[error("{message}")]
     Refused {
@@ -134,6 +135,7 @@ impl Failure for TechnicianError {
             Self::NoMediator { exit, .. } => *exit,
             Self::TimedOut => Exit::TimedOut,
             Self::Gone => Exit::Unreachable,
+            Self::NotOpened(_) => Exit::Failed,
             Self::Refused { code, .. } => match code {
                 RefusedCode::UnknownAgent | RefusedCode::AgentRefused | RefusedCode::NotPermitted => {
                     Exit::Refused
@@ -150,7 +152,7 @@ impl Failure for TechnicianError {
             Self::TimedOut | Self::Gone => {
                 Some("check that the mediator runs and that no firewall blocks the way".to_owned())
             }
-            Self::Refused { .. } => None,
+            Self::NotOpened(_) | Self::Refused { .. } => None,
         }
     }
 }

@@ -4,16 +4,16 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use adit_client::control::{ControlChannel, hello};
+use adit_client::control::{ControlChannel, ControlError, State, hello, maintain};
 use adit_client::enrol::{Enrolment, enrol};
 use adit_client::exit::{Exit, Failure};
 use adit_client::identity::certificate::{Authority, Subject};
-use adit_client::identity::{DeviceKey, Identity};
+use adit_client::identity::{DeviceKey, Identity, Live};
 use adit_protocol::token::EnrolmentToken;
 use adit_protocol::{DeviceId, Role};
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use rustls::{ServerConfig, version};
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
 
@@ -122,4 +122,23 @@ async fn whatever_stands_in_between_is_named_with_its_remedy() {
             assert!(error.remedy().is_some_and(|remedy| remedy.contains("SNI passthrough")), "{error}");
         }
     }
+}
+
+#[tokio::test]
+async fn an_alert_that_nobody_has_signed_is_no_word_of_the_mediators() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("binds");
+    let server = listener.local_addr().expect("bound");
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let _ = stream.read(&mut [0; 4096]).await;
+            // access_denied, as a firewall or a captive portal says it: in the clear.
+            let _ = stream.write_all(&[21, 3, 3, 0, 2, 2, 49]).await;
+        }
+    });
+    let dialled = ControlChannel::dial(&identity(server), hello(vec![])).await;
+    assert!(matches!(dialled, Err(ControlError::Refused(_))), "{dialled:?}");
+    let (control, _downs) = maintain(Live::new(identity(server)), || hello(vec![]));
+    let mut state = control.state();
+    let down = state.wait_for(|state| matches!(state, State::Disconnected { .. })).await.expect("runs");
+    assert!(matches!(*down, State::Disconnected { exit: Exit::Refused, turned_away: false, .. }), "{down:?}");
 }

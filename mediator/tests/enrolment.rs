@@ -113,12 +113,11 @@ async fn a_device_of_another_organisation_is_refused() {
     let mut stranger = theirs.device(Role::Technician, "laptop", &[]).await;
     let native = ours.device(Role::Technician, "laptop", &[]).await;
     stranger.servers = native.servers.clone();
-    let refused = |error: ControlError| {
-        assert!(matches!(error, ControlError::Refused(_)) && error.exit() == Exit::Refused, "{error}");
-    };
     // It does not accept our mediator.
-    refused(ControlChannel::dial(&stranger, hello(vec![])).await.expect_err("refused"));
+    let error = ControlChannel::dial(&stranger, hello(vec![])).await.expect_err("refused");
+    assert!(matches!(error, ControlError::Refused(_)) && error.exit() == Exit::Refused, "{error}");
     // It does, but our mediator does not accept it.
     stranger.root = native.root.clone();
-    refused(ControlChannel::dial(&stranger, hello(vec![])).await.expect_err("refused"));
+    let error = ControlChannel::dial(&stranger, hello(vec![])).await.expect_err("refused");
+    assert!(matches!(error, ControlError::TurnedAway(_)) && error.exit() == Exit::Refused, "{error}");
 }

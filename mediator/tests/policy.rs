@@ -3,11 +3,12 @@
 
 mod common;
 
+use std::fs;
 use std::process::{Command, Output};
 
 use adit_client::control::{ControlChannel, Ended, State, hello};
 use adit_client::exit::{Exit, Failure};
-use adit_client::hub::Hub;
+use adit_client::hub::{Hub, NotOpened};
 use adit_client::identity::revocation::Revocations;
 use adit_client::identity::{Identity, Live};
 use adit_client::session::SessionEvent;
@@ -463,5 +464,33 @@ async fn an_end_that_overtakes_its_session_is_not_forgotten() {
     desk.send(Up::List(List { request: 1 })).await.expect("sends");
     assert!(matches!(recv(&mut desk).await, Down::Refused(_)));
     hub.request(|request| Up::List(List { request })).await.expect("an answer");
-    assert!(hub.open_session(End::Technician, grant, Via::Relay, None).is_none());
+    let opened = hub.open_session(End::Technician, grant, Via::Relay, None);
+    assert_eq!(opened.err(), Some(NotOpened::Ended("no".into())));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rights_are_taken_away_although_no_record_can_be_written() {
+    let mut server = Server::start().await;
+    let desk = server.device(Role::Agent, "desk", &["site=a"]).await;
+    let anna = server.device(Role::Technician, "anna", &["site=a"]).await;
+    let ben = server.device(Role::Technician, "ben", &["site=a"]).await;
+    server.stop().await;
+    let record = server.dir.path().join("audit.jsonl");
+    fs::remove_file(&record).expect("removes");
+    std::os::unix::fs::symlink("/dev/full", &record).expect("links");
+    server.run().await.expect("runs again");
+    let (_desk, mut anna_channel, mut ben_channel) = (dial(&desk).await, dial(&anna).await, dial(&ben).await);
+    assert_eq!(reachable(&mut anna_channel).await, ["desk"]);
+    let (_, grants, _) = operator(&server, "grants anna --json");
+    let grant = serde_json::from_str::<Value>(&grants).expect("JSON")["grant"].clone();
+    let (code, _, stderr) = operator(&server, "allow anna --tag site=b");
+    assert!(code == 1 && stderr.contains("nothing was changed"), "{stderr}");
+    assert!(done(&server, &format!("deny anna {grant}")).contains("warning: no audit record"));
+    assert_eq!(reachable(&mut anna_channel).await, [""; 0]);
+    // Nor where it cannot even be opened.
+    fs::remove_file(&record).expect("removes");
+    fs::create_dir(&record).expect("makes");
+    assert!(done(&server, "revoke ben").contains("warning: no audit record"));
+    ends(&mut ben_channel).await;
+    assert!(refused(&ben).await.contains("revoked"));
 }

@@ -1,13 +1,12 @@
 //! `adit agent`.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use adit_protocol::{Role, SessionId};
 use clap::Args;
-use tokio::sync::{mpsc, watch};
-use tracing::info;
+use tokio::sync::mpsc;
 
 use super::data::Data;
 use super::{Failed, signals};
@@ -67,28 +66,16 @@ impl Agent {
 
         service::ready();
         let (sender, mut receiver) = mpsc::channel(EVENTS);
-        let telling = async {
+        let telling = async move {
             while let Some(event) = receiver.recv().await {
                 sessions.note(&event);
                 tell(events, &event);
             }
         };
-        let stop = async {
-            tokio::select! {
-                () = stop => {}
-                () = retired(&sessions) => {}
-            }
-        };
-        tokio::join!(agent::run(identity, Arc::new(allow), sender, stop), telling);
+        let running = agent::run(identity, Arc::new(allow), sender, stop, os::asked_to_retire());
+        tokio::join!(running, telling);
         Ok(())
     }
-}
-
-/// Completes when this process was asked to make way for a new one and no session is open.
-async fn retired(sessions: &Sessions) {
-    os::asked_to_retire().await;
-    info!(sessions = sessions.0.borrow().len(), "this agent ends when no session is open");
-    sessions.none().await;
 }
 
 fn tell(events: Events, event: &AgentEvent) {
@@ -105,19 +92,20 @@ fn tell(events: Events, event: &AgentEvent) {
 
 /// The sessions that are running, for the status.
 #[derive(Debug, Default)]
-struct Sessions(watch::Sender<HashMap<SessionId, SessionInfo>>);
+struct Sessions(Mutex<HashMap<SessionId, SessionInfo>>);
 
 impl Sessions {
     fn note(&self, event: &AgentEvent) {
+        let mut sessions = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match event {
             AgentEvent::Opened { session, peer, tunnel } => {
                 let since = SystemTime::now();
                 let info =
                     SessionInfo { session: *session, peer: peer.clone(), since, tunnel: tunnel.clone() };
-                self.0.send_modify(|sessions| drop(sessions.insert(*session, info)));
+                sessions.insert(*session, info);
             }
             AgentEvent::Session { session, event: SessionEvent::Closed { .. }, .. } => {
-                self.0.send_modify(|sessions| drop(sessions.remove(session)));
+                sessions.remove(session);
             }
             _ => {}
         }
@@ -125,14 +113,9 @@ impl Sessions {
 
     /// Oldest first.
     fn all(&self) -> Vec<SessionInfo> {
-        let mut all: Vec<SessionInfo> = self.0.borrow().values().cloned().collect();
+        let sessions = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all: Vec<SessionInfo> = sessions.values().cloned().collect();
         all.sort_by_key(|info| info.since);
         all
-    }
-
-    /// Waits until there is none.
-    async fn none(&self) {
-        // Its sender is `self`.
-        let _ = self.0.subscribe().wait_for(HashMap::is_empty).await;
     }
 }

@@ -9,7 +9,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, info, warn};
 
-use super::{ControlChannel, Ended};
+use super::{ControlChannel, ControlError, Ended};
 use crate::exit::{Exit, Failure};
 use crate::identity::Live;
 
@@ -36,6 +36,8 @@ pub enum State {
         remedy: Option<String>,
         /// What a program that cannot wait would exit with.
         exit: Exit,
+        /// The mediator itself, which has shown its certificate, does not accept this device.
+        turned_away: bool,
     },
 }
 
@@ -135,38 +137,47 @@ impl<H: Fn() -> Hello + Send + 'static> Keeper<H> {
     async fn run(mut self) {
         let mut attempt = 0;
         while !self.down.is_closed() {
-            let (reason, remedy, exit) =
-                match ControlChannel::dial(&self.identity.get(), (self.hello)()).await {
-                    Ok(channel) => {
-                        info!(server = channel.server, name = channel.welcome.name, "control channel is up");
-                        let since = Instant::now();
-                        // What was said to an earlier channel is stale: this one began with a new `Hello`.
-                        while let Ok(command) = self.outgoing.try_recv() {
-                            if let Command::Close(_) = command {
-                                return;
-                            }
+            let state = match ControlChannel::dial(&self.identity.get(), (self.hello)()).await {
+                Ok(channel) => {
+                    info!(server = channel.server, name = channel.welcome.name, "control channel is up");
+                    let since = Instant::now();
+                    // What was said to an earlier channel is stale: this one began with a new `Hello`.
+                    while let Ok(command) = self.outgoing.try_recv() {
+                        if let Command::Close(_) = command {
+                            return;
                         }
-                        let servers = channel.welcome.servers.clone();
-                        self.identity.take_update(Update { certificate: vec![], servers });
-                        self.state.send_replace(State::Connected(Arc::new(channel.welcome.clone())));
-                        let Served::Lost(ended) = self.serve(channel).await else { return };
-                        if since.elapsed() >= GOOD {
-                            attempt = 0;
-                        }
-                        warn!(reason = %ended, "control channel is down");
-                        (ended.to_string(), None, Exit::Unreachable)
                     }
-                    Err(error) => {
-                        // Said once; the attempts that follow are routine.
-                        if attempt == 0 {
-                            warn!(reason = %error, "no control channel");
-                        } else {
-                            debug!(reason = %error, attempt, "no control channel");
-                        }
-                        (error.to_string(), error.remedy(), error.exit())
+                    let servers = channel.welcome.servers.clone();
+                    self.identity.take_update(Update { certificate: vec![], servers });
+                    self.state.send_replace(State::Connected(Arc::new(channel.welcome.clone())));
+                    let Served::Lost(ended) = self.serve(channel).await else { return };
+                    if since.elapsed() >= GOOD {
+                        attempt = 0;
                     }
-                };
-            self.state.send_replace(State::Disconnected { reason, remedy, exit });
+                    warn!(reason = %ended, "control channel is down");
+                    State::Disconnected {
+                        reason: ended.to_string(),
+                        remedy: None,
+                        exit: Exit::Unreachable,
+                        turned_away: false,
+                    }
+                }
+                Err(error) => {
+                    // Said once; the attempts that follow are routine.
+                    if attempt == 0 {
+                        warn!(reason = %error, "no control channel");
+                    } else {
+                        debug!(reason = %error, attempt, "no control channel");
+                    }
+                    State::Disconnected {
+                        reason: error.to_string(),
+                        remedy: error.remedy(),
+                        exit: error.exit(),
+                        turned_away: matches!(error, ControlError::TurnedAway(_)),
+                    }
+                }
+            };
+            self.state.send_replace(state);
             if self.rest(backoff(attempt, rand::random())).await {
                 return;
             }

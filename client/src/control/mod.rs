@@ -124,13 +124,13 @@ impl ControlChannel {
         let (outgoing, incoming) = wire::pump(socket, Heartbeat::default());
         let mut channel = Self { welcome: Welcome::default(), server: server.to_owned(), outgoing, incoming };
         let broken = |ended: Ended| match ended {
-            Ended::Broken(error) => ControlError::from_dial(server, DialError::from_tls(error)),
+            Ended::Broken(error) => ControlError::from_stream(server, error),
             other => ControlError::Unreachable { server: server.to_owned(), why: other.to_string() },
         };
         channel.send(Up::Hello(hello)).await.map_err(broken)?;
         match timeout(GREETING_TIMEOUT, channel.recv()).await.map_err(|_| timed_out())?.map_err(broken)? {
             Down::Welcome(welcome) => channel.welcome = welcome,
-            Down::Refused(refused) => return Err(ControlError::Refused(refused.message)),
+            Down::Refused(refused) => return Err(ControlError::TurnedAway(refused.message)),
             _ => return Err(ControlError::NoWelcome { server: server.to_owned() }),
         }
         Ok(channel)
@@ -144,7 +144,7 @@ async fn upgrade(
     let request = format!("wss://{server}{PATH}");
     match client_async_with_config(request, stream, Some(wire::websocket_config())).await {
         Ok((socket, _)) => Ok(socket),
-        Err(WsError::Io(error)) => Err(ControlError::from_dial(server, DialError::from_tls(error))),
+        Err(WsError::Io(error)) => Err(ControlError::from_stream(server, error)),
         Err(WsError::Protocol(tungstenite::error::ProtocolError::HandshakeIncomplete)) => {
             Err(ControlError::Unreachable {
                 server: server.to_owned(),
@@ -172,9 +172,13 @@ pub enum ControlError {
         /// `HOST:PORT`.
         server: String,
     },
-    /// One of the two ends does not accept the other's certificate, or the mediator said no.
+    /// One of the two ends does not accept the other's certificate. That it was the mediator who said so is not
+    /// proven.
     #[error("the mediator and this device do not accept each other: {0}")]
     Refused(String),
+    /// The mediator, which has shown its certificate, does not accept this device.
+    #[error("the mediator does not accept this device: {0}")]
+    TurnedAway(String),
     /// Something answers there, but not as a mediator does.
     #[error("what answers at {server} is no mediator of adit")]
     NoWelcome {
@@ -211,6 +215,14 @@ impl ControlError {
             other => Self::Refused(other.to_string()),
         }
     }
+
+    /// From a connection whose handshake is done: what ends it came encrypted, from the mediator.
+    fn from_stream(server: &str, error: std::io::Error) -> Self {
+        match DialError::from_tls(error) {
+            DialError::NotAccepted(alert) => Self::TurnedAway(alert.to_string()),
+            other => Self::from_dial(server, other),
+        }
+    }
 }
 
 impl Failure for ControlError {
@@ -218,7 +230,7 @@ impl Failure for ControlError {
         match self {
             Self::Unreachable { .. } | Self::NoWelcome { .. } | Self::Intercepted { .. } => Exit::Unreachable,
             Self::TimedOut { .. } => Exit::TimedOut,
-            Self::Refused(_) => Exit::Refused,
+            Self::Refused(_) | Self::TurnedAway(_) => Exit::Refused,
             Self::NoServer => Exit::Usage,
             Self::Tls(_) => Exit::Failed,
         }
@@ -231,7 +243,9 @@ impl Failure for ControlError {
             }
             Self::NoWelcome { .. } => "check name and port; is a proxy in between?".into(),
             Self::Intercepted { .. } => INTERCEPTED.into(),
-            Self::Refused(_) => "check this machine's clock; else enrol this device again".into(),
+            Self::Refused(_) | Self::TurnedAway(_) => {
+                "check this machine's clock; else enrol this device again".into()
+            }
             Self::NoServer => "enrol this device again: adit enroll TOKEN --replace".into(),
             Self::Tls(_) => return None,
         })

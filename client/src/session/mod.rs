@@ -20,7 +20,6 @@ use tracing::{debug, info, warn};
 
 use crate::control::maintain::{Control, State};
 use crate::direct::{DirectEndpoint, DirectEvent, DirectSession, SessionConfig};
-use crate::exit::Exit;
 use crate::identity::{Identity, Peer};
 use crate::tunnel::{CarrierInfo, Flow, Notice, Tunnel, TunnelStream, quic_carrier};
 use crate::via::Via;
@@ -191,7 +190,7 @@ impl Runner {
             }
             let (connected, refused) = match &*control_state.borrow_and_update() {
                 State::Connected(_) => (true, None),
-                State::Disconnected { reason, exit: Exit::Refused, .. } => (false, Some(reason.clone())),
+                State::Disconnected { reason, turned_away: true, .. } => (false, Some(reason.clone())),
                 _ => (false, None),
             };
             let lacks_tickets = self.relays.as_ref().is_some_and(Relays::lacks_tickets);
