@@ -188,11 +188,17 @@ impl Server {
     pub async fn serve(self, broker: Arc<Broker>, apply: impl Fn() -> Result<(), Error> + Sync) {
         let mut commands = FuturesUnordered::new();
         loop {
+            let accept = async {
+                match self.listener.accept().await {
+                    Ok((socket, _)) => Some(socket),
+                    Err(_) => {
+                        sleep(REST).await;
+                        None
+                    }
+                }
+            };
             tokio::select! {
-                accepted = self.listener.accept() => match accepted {
-                    Ok((socket, _)) => commands.push(serve_one(socket, &broker, &apply)),
-                    Err(_) => sleep(REST).await,
-                },
+                socket = accept => commands.extend(socket.map(|socket| serve_one(socket, &broker, &apply))),
                 Some(answered) = commands.next() => if let Err(error) = answered {
                     warn!(%error, "a command of the operator was not answered");
                 },

@@ -22,7 +22,8 @@ pub struct Operator {
     pub dir: PathBuf,
     /// Its database.
     pub store: Store,
-    audit: Audit,
+    /// `None`: it cannot be opened.
+    audit: Option<Audit>,
     keyring: Keyring,
 }
 
@@ -34,7 +35,7 @@ impl Operator {
     pub async fn open(dir: &Path) -> Result<Self, Error> {
         let keyring = Organisation::load(dir)?.keyring();
         let store = Store::open(&dir.join(DATABASE)).await?;
-        Ok(Self { dir: dir.to_owned(), store, audit: Audit::open(&dir.join(AUDIT))?, keyring })
+        Ok(Self { dir: dir.to_owned(), store, audit: Audit::open(&dir.join(AUDIT)).ok(), keyring })
     }
 
     /// The enrolment key; `None` while it is offline.
@@ -74,13 +75,14 @@ impl Operator {
         let by = by();
         let record =
             Record { device: Some(party(device)), by: &by, reason: detail, ..Record::new(event, unix_now()) };
-        self.audit.write(&record).await.map_err(|_| Error::NotWritten(self.dir.join(AUDIT)))
+        self.append(&record).await
     }
 
     /// Writes down that somebody loses a right. A disk that takes no record keeps nobody in: the operator is warned.
     pub async fn write_down_loss(&self, event: &str, device: &Device, detail: &str) {
-        if let Err(error) = self.write_down(event, device, detail).await {
-            eprintln!("warning: {error}; it is done all the same");
+        if self.write_down(event, device, detail).await.is_err() {
+            let log = self.dir.join(AUDIT);
+            eprintln!("warning: no audit record of it can be written to {}", log.display());
         }
     }
 
@@ -91,7 +93,12 @@ impl Operator {
     pub async fn write_down_deed(&self, event: &str, detail: &str) -> Result<(), Error> {
         let by = by();
         let record = Record { by: &by, reason: detail, ..Record::new(event, unix_now()) };
-        self.audit.write(&record).await.map_err(|_| Error::NotWritten(self.dir.join(AUDIT)))
+        self.append(&record).await
+    }
+
+    async fn append(&self, record: &Record<'_>) -> Result<(), Error> {
+        let failed = || Error::NotWritten(self.dir.join(AUDIT));
+        self.audit.as_ref().ok_or_else(failed)?.write(record).await.map_err(|_| failed())
     }
 
     /// Lets the change take effect on a mediator that runs; `None`: none does, and it counts from its start on.

@@ -37,9 +37,9 @@ impl Broker {
     /// The database's.
     pub async fn reload(&self) -> Result<Effect, sqlx::Error> {
         let changes = self.directory.reload().await?;
-        // Whatever becomes of the list: what is forbidden ends.
-        let listed = self.load_list().await;
         let mut effect = Effect::default();
+        // First what cuts off: no slow database and no slow disk holds that up.
+        let mut ended = vec![];
         let (forbidden, claimants) =
             self.sessions().forbid(|technician, agent| self.may_reach(technician, agent));
         for (id, claimant) in claimants {
@@ -55,9 +55,9 @@ impl Broker {
             let message: Closed = closed(session.id, reason);
             tell(&session.technician, Down::Closed(message.clone()));
             tell(&session.agent, Down::Closed(message));
-            self.write_down(&session, "closed", reason, None).await;
-            effect.sessions += 1;
+            ended.push((session, reason));
         }
+        effect.sessions = ended.len();
         // After their sessions: so they hear of the end of those first.
         for device in &changes.gone {
             info!(device = %device.id, name = device.name, "device is revoked");
@@ -67,6 +67,10 @@ impl Broker {
                 channel.close();
                 effect.channels += 1;
             }
+        }
+        let listed = self.load_list().await;
+        for (session, reason) in &ended {
+            self.write_down(session, "closed", reason, None).await;
         }
         for device in &changes.changed {
             for channel in self.presence.of(device.id) {

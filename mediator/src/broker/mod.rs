@@ -200,14 +200,17 @@ impl Broker {
             self.sessions().remove(id, &channel.device);
             return Err(Denied::new(RefusedCode::Unavailable, UNRECORDED.into()));
         }
-        // Meanwhile the agent may have come back without it, or the grant was taken away.
+        // Meanwhile the grant may have been taken away, or the agent have come back without the session.
+        if !self.may_reach(technician.id, agent.id) {
+            let removed = self.sessions().remove(id, &channel.device);
+            if let Some(session) = removed {
+                self.write_down(&session, "closed", "the grant was taken away", None).await;
+            }
+            let technician = self.technician(&channel.device)?;
+            return Err(unknown_agent(&open.agent, &self.directory.reachable(&technician)));
+        }
         if self.sessions().get(id).is_none() {
             return Err(offline(agent));
-        }
-        if !self.may_reach(technician.id, agent.id) {
-            self.sessions().remove(id, &channel.device);
-            self.write_down(&session, "closed", "the grant was taken away", None).await;
-            return Err(unknown_agent(&open.agent, &self.directory.reachable(&technician)));
         }
         let (to_technician, to_agent) = self.grants(&session, &relays, open.request, &open.via, targets);
         self.sessions().ticketed(id, epochs(&relays), Instant::now());

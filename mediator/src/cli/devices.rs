@@ -238,10 +238,11 @@ impl Revoke {
         operator.write_down_loss("revoked", &device, "").await;
         operator.database(operator.store.revoke(device.id, unix_now()).await)?;
         println!("{} {} ({}) is revoked and cannot come back", device.role, device.name, device.id);
+        // A mediator that runs cuts the device off first, and makes the list, too.
+        let told = operator.tell().await;
         let authority = operator.authority();
         let list = operator.store.extend_list(authority.as_ref(), unix_now()).await;
-        // Whatever became of the list: the mediator that runs cuts the device now.
-        say(operator.tell().await?, "");
+        say(told?, "");
         if operator.database(list)? == Extended::Unsigned {
             eprintln!(
                 "warning: the enrolment key is offline: this mediator refuses the device, but others do not know it yet\n  \
