@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 
 /// Everybody comes in; when it is full, of two random ones inside the older has to leave for it (when the
 /// newcomer's own source is full: two of that source). A flood of silent connections drives out its own: who
-/// shows a ticket, token or certificate at once is gone from here before it is ever the older one.
+/// shows a ticket, token or certificate at once is gone from here before it is likely to be the older one.
 pub(crate) struct Gate {
     inside: Mutex<Inside>,
     limit: usize,

@@ -1,6 +1,7 @@
 //! What a flood from the internet does to those who work: how long it takes to open a session, from the command to
 //! the first byte, and what is left of it in the server's memory and log.
 
+use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::process::Command;
 use std::sync::Arc;
@@ -8,11 +9,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use adit_tests::lab::{Host, NatKind, Topology};
+use adit_tests::traffic::greeter;
 use adit_tests::world::{AGENT, PATIENCE, Setup, World};
 use adit_tests::{lab_tests, poll};
 use anyhow::{Context, ensure};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpSocket, UdpSocket};
+use tokio::net::{TcpSocket, UdpSocket};
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
@@ -42,7 +44,7 @@ async fn flood(sources: u8) -> anyhow::Result<()> {
     let world = World::up(Setup::new(Topology::new(NatKind::Cone, NatKind::Cone).stranger())).await?;
     let stranger = world.lab.stranger.clone().context("a stranger")?;
     let sources = addresses(&stranger, sources).await?;
-    let port = greeter(&world).await?;
+    let port = greeter(&world.lab.agent.host).await?;
     open_sessions(&world, port, 5).await?;
     let (cold, lines) = (resident(&world)?, logged(&world).await?);
     // Of a server that has worked and was flooded before: the first time fills tables and caches for good.
@@ -56,8 +58,8 @@ async fn flood(sources: u8) -> anyhow::Result<()> {
         under.extend(open_sessions(&world, port, SESSIONS).await?);
         let done = flood.stop().await?;
         (connections, datagrams, time) = (connections + done.0, datagrams + done.1, time + done.2);
+        until_quiet(&world).await?;
         if round == 0 {
-            until_quiet(&world).await?;
             // The allocator gives back what was not used for a second.
             tokio::time::sleep(Duration::from_secs(3)).await;
             before = resident(&world)?;
@@ -73,7 +75,7 @@ async fn flood(sources: u8) -> anyhow::Result<()> {
     ensure!(connections_a_minute >= CONNECTIONS && datagrams_a_minute >= DATAGRAMS, "too weak a flood");
 
     let (quiet, under) = (Spread::of(quiet), Spread::of(under));
-    println!("a session from command to first byte: quiet {quiet:?}, under the flood {under:?}");
+    println!("a session from command to first byte: quiet: {quiet}; under the flood: {under}");
     ensure!(under.p99 <= quiet.p99 * 2, "p99 {:?} under the flood, {:?} without", under.p99, quiet.p99);
 
     let lines = logged(&world).await? - lines;
@@ -82,7 +84,6 @@ async fn flood(sources: u8) -> anyhow::Result<()> {
     let most = sources.len() + 4 * 2 * SESSIONS * ROUNDS;
     ensure!(lines <= most, "{lines} lines were logged");
 
-    until_quiet(&world).await?;
     let back = || resident(&world).is_ok_and(|now| now <= before + before / 20).then_some(());
     let settled = poll(PATIENCE, "the memory to come back", async || back()).await;
     let after = resident(&world)?;
@@ -110,19 +111,6 @@ async fn addresses(host: &Host, count: u8) -> anyhow::Result<Vec<Ipv4Addr>> {
     Ok(all)
 }
 
-/// A service on the agent's loopback that speaks first, and ends; its port.
-async fn greeter(world: &World) -> anyhow::Result<u16> {
-    let host = &world.lab.agent.host;
-    let listener = host.task(TcpListener::bind("127.0.0.1:0"))?.await??;
-    let port = listener.local_addr()?.port();
-    host.task(async move {
-        while let Ok((mut stream, _)) = listener.accept().await {
-            let _ = stream.write_all(b"hello\n").await;
-        }
-    })?;
-    Ok(port)
-}
-
 /// From the command to the first byte, again and again.
 async fn open_sessions(world: &World, port: u16, count: usize) -> anyhow::Result<Vec<Duration>> {
     let (data, target) = (world.data("technician"), format!("127.0.0.1:{port}"));
@@ -137,8 +125,6 @@ async fn open_sessions(world: &World, port: u16, count: usize) -> anyhow::Result
     Ok(times)
 }
 
-#[derive(Debug)]
-#[allow(dead_code, reason = "it is printed")]
 struct Spread {
     p50: Duration,
     p90: Duration,
@@ -151,6 +137,13 @@ impl Spread {
         times.sort();
         let at = |share: usize| times[(times.len() - 1) * share / 100];
         Self { p50: at(50), p90: at(90), p99: at(99), max: at(100) }
+    }
+}
+
+impl std::fmt::Display for Spread {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { p50, p90, p99, max } = self;
+        write!(f, "p50 {p50:.1?}, p90 {p90:.1?}, p99 {p99:.1?}, max {max:.1?}")
     }
 }
 
@@ -207,8 +200,9 @@ impl Flood {
                         junk[..8].copy_from_slice(&[0, 1, 0, 100, 0x21, 0x12, 0xa4, 0x42]);
                     }
                     let socket = &sockets[(number * BATCH + n) as usize % sockets.len()];
-                    let _ = socket.send_to(&junk, (server, 8002)).await;
-                    sent.fetch_add(1, Ordering::Relaxed);
+                    if socket.send_to(&junk, (server, 8002)).await.is_ok() {
+                        sent.fetch_add(1, Ordering::Relaxed);
+                    }
                 }
                 if number % 2 == 0 {
                     let source = sources[(number / 2) as usize % sources.len()];
@@ -228,14 +222,18 @@ impl Flood {
     }
 }
 
-/// One junk connection. It counts when it is tried: a source that has earned a penalty is turned away.
+/// One junk connection. It counts when it stood, also where the server has closed it by the time that we look: a
+/// source that has earned a penalty is turned away so.
 async fn connect(source: Ipv4Addr, to: SocketAddr, silent: bool, made: Arc<AtomicU64>) {
     let Ok(socket) = TcpSocket::new_v4() else { return };
     if socket.bind((IpAddr::V4(source), 0).into()).is_err() {
         return;
     }
-    made.fetch_add(1, Ordering::Relaxed);
-    let Ok(Ok(mut stream)) = timeout(SILENT, socket.connect(to)).await else { return };
+    let Ok(connected) = timeout(SILENT, socket.connect(to)).await else { return };
+    if connected.as_ref().err().is_none_or(|error| error.kind() == ErrorKind::ConnectionReset) {
+        made.fetch_add(1, Ordering::Relaxed);
+    }
+    let Ok(mut stream) = connected else { return };
     if !silent {
         let mut junk = [0; 200];
         rand::fill(&mut junk[..]);

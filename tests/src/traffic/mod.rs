@@ -1,10 +1,12 @@
 //! What runs through a tunnel while something happens to it.
 
+mod greeter;
 mod http;
 mod noise;
 mod ticks;
 mod transfer;
 
+pub use greeter::greeter;
 pub use http::HttpServer;
 pub use noise::{Noise, hex, sha256};
 pub use ticks::{TickReport, TickServer, Ticking, tick};

@@ -3,14 +3,12 @@
 
 use std::io::Read;
 use std::process::{Child, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use adit_tests::internet::{Customer, Internet};
 use adit_tests::machine::{Machine, Talk};
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use serde_json::Value;
 
 use super::{ECHO, OWN, PATIENCE, Packages, Steps, echo, everything, same};
@@ -21,6 +19,8 @@ const CUSTOMERS: [&str; 2] = ["acme", "globex"];
 const AGENTS: u8 = 10;
 /// From the revocation of a device to the last byte through it.
 const CUT: Duration = Duration::from_secs(5);
+/// Bytes of a transfer in its middle.
+const UNDER_WAY: u64 = 32 << 20;
 /// Until every agent is back at a server that has moved: their pauses grow to 30 s.
 const BACK: Duration = Duration::from_secs(60);
 /// A printer's port, which no agent allows by itself.
@@ -260,7 +260,7 @@ fn refused(technician: &Machine) -> anyhow::Result<bool> {
 
 fn lost_laptop(server: &Machine, laptop: &Machine) -> anyhow::Result<()> {
     let mut transfer = Transfer::start(laptop, "globex-2")?;
-    transfer.wait_for(32 << 20)?;
+    transfer.flowing.recv_timeout(PATIENCE).context("too slow")?;
     let start = Instant::now();
     server.ok("adit-mediator revoke ben")?;
     let (last, bytes) = transfer.end(PATIENCE)?;
@@ -274,8 +274,10 @@ fn lost_laptop(server: &Machine, laptop: &Machine) -> anyhow::Result<()> {
 /// A transfer without an end.
 struct Transfer {
     child: Child,
-    bytes: Arc<AtomicU64>,
-    ended: Receiver<Instant>,
+    /// Said once it is well under way.
+    flowing: Receiver<()>,
+    /// When the last byte came, and how many did.
+    ended: Receiver<(Instant, u64)>,
 }
 
 impl Transfer {
@@ -283,33 +285,27 @@ impl Transfer {
         let mut command = technician.command("adit", &["stdio", agent, ECHO]);
         let mut child = command.stdout(Stdio::piped()).spawn()?;
         let mut stdout = child.stdout.take().context("piped")?;
-        let (bytes, (sender, ended)) = (Arc::<AtomicU64>::default(), channel());
-        let count = bytes.clone();
+        let ((flows, flowing), (ends, ended)) = (channel(), channel());
         std::thread::spawn(move || {
-            let (mut buffer, mut last) = (vec![0; 1 << 16], Instant::now());
+            let (mut buffer, mut last, mut bytes) = (vec![0; 1 << 16], Instant::now(), 0);
             while let Ok(some @ 1..) = stdout.read(&mut buffer) {
-                count.fetch_add(some as u64, Ordering::Relaxed);
+                let before = bytes;
+                bytes += some as u64;
                 last = Instant::now();
+                if before < UNDER_WAY && bytes >= UNDER_WAY {
+                    let _ = flows.send(());
+                }
             }
-            let _ = sender.send(last);
+            let _ = ends.send((last, bytes));
         });
-        Ok(Self { child, bytes, ended })
+        Ok(Self { child, flowing, ended })
     }
 
-    fn wait_for(&self, bytes: u64) -> anyhow::Result<()> {
-        let start = Instant::now();
-        while self.bytes.load(Ordering::Relaxed) < bytes {
-            ensure!(start.elapsed() < PATIENCE, "too slow");
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        Ok(())
-    }
-
-    /// Waits until its program has ended: when the last byte came, and how many did.
+    /// Waits until its program has ended.
     fn end(&mut self, deadline: Duration) -> anyhow::Result<(Instant, u64)> {
-        let last = self.ended.recv_timeout(deadline).context("the technician's program goes on")?;
+        let ended = self.ended.recv_timeout(deadline).context("the technician's program goes on")?;
         ensure!(!self.child.wait()?.success(), "it says that all went well");
-        Ok((last, self.bytes.load(Ordering::Relaxed)))
+        Ok(ended)
     }
 }
 
@@ -364,12 +360,8 @@ fn upgrade(server: &Machine, anna: &Machine, agent: &Agent, packages: &Packages)
     ensure!(pid(machine, "adit-agent")? == old, "the agent did not wait for its sessions");
     drop(sessions);
     let start = Instant::now();
-    while pid(machine, "adit-agent")? == old || machine.sh("systemctl is-active adit-agent")?.code != 0 {
-        if start.elapsed() > PATIENCE {
-            bail!("the new agent does not take over");
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    }
+    let new = "systemctl is-active adit-agent && test $(systemctl show -P MainPID adit-agent) !=";
+    machine.wait(&format!("{new} {}", old.trim()), PATIENCE)?;
     println!("         the new agent took over {:.1?} after its last session", start.elapsed());
     Ok(())
 }
