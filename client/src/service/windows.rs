@@ -48,6 +48,12 @@ const BUSY: Duration = Duration::from_secs(120);
 /// Nobody announces that a service has stopped, or that the service manager is free.
 const POLL: Duration = Duration::from_millis(100);
 
+/// How often a service is started that did not report in time: on a busy machine its program is slow to load,
+/// and at the second try it is in memory.
+const TRIES: usize = 3;
+
+/// ERROR_SERVICE_REQUEST_TIMEOUT: its process did not report, by default within 30 s.
+const NO_REPORT: i32 = 1053;
 /// ERROR_SERVICE_DATABASE_LOCKED: one service is started at a time.
 const DATABASE_LOCKED: i32 = 1055;
 /// ERROR_SERVICE_DOES_NOT_EXIST.
@@ -259,8 +265,13 @@ fn configure(service: &Service) -> windows_service::Result<()> {
 fn start(service: &Service) -> Result<(), ServiceError> {
     let deadline = Instant::now() + BUSY;
     let mut said = false;
+    let mut tries = 1;
     loop {
         match service.start::<OsString>(&[]) {
+            Err(error) if is(&error, NO_REPORT) && tries < TRIES => {
+                tracing::info!("the service has not reported in time; starting it again");
+                tries += 1;
+            }
             Err(error) if is(&error, DATABASE_LOCKED) && Instant::now() < deadline => {
                 if !std::mem::replace(&mut said, true) {
                     tracing::info!("the service manager is starting other services; waiting for it");
