@@ -18,6 +18,27 @@ pub const FILE: &str = "config.toml";
 pub struct Config {
     /// See [`Agent`].
     pub agent: Agent,
+    /// See [`Network`].
+    pub network: Network,
+}
+
+/// Section `[network]`.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Network {
+    /// The proxy on the way to our servers, see [`crate::proxy`]; `None`: what the environment says.
+    pub proxy: Option<SecretUrl>,
+}
+
+/// A URL that may hold a password: not shown.
+#[derive(Clone, PartialEq, Eq, Deserialize)]
+#[serde(transparent)]
+pub struct SecretUrl(pub String);
+
+impl std::fmt::Debug for SecretUrl {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("SecretUrl(..)")
+    }
 }
 
 /// Section `[agent]`.
@@ -60,6 +81,11 @@ pub fn template() -> String {
 # "NETWORK/BITS:PORTS[/udp]", for example "192.168.1.0/24:80,443,3389". Nothing else is reached, whatever
 # the operator grants.
 # allow = [{}]
+
+[network]
+# The HTTP proxy on the way to the servers' port 443: "http://[USER:PASSWORD@]HOST:PORT", or "none". Without this,
+# HTTPS_PROXY and NO_PROXY of the environment. With a password in it keep this file from others.
+# proxy = "none"
 "#,
         entries.join(", ")
     )

@@ -14,6 +14,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use crate::identity::verify::VerifyError;
+use crate::proxy::{self, Proxies, ProxyError};
 use crate::tls;
 
 /// How long one address may take to answer.
@@ -88,12 +89,21 @@ fn by_turns(addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
     }
 }
 
-/// Connects to `server` (`HOST:PORT`) and does the TLS handshake.
+/// Connects to `server` (`HOST:PORT`), through a proxy where there is one for it, and does the TLS handshake.
 ///
 /// # Errors
 /// [`DialError`].
-pub async fn tls(server: &str, config: Arc<ClientConfig>) -> Result<TlsStream<TcpStream>, DialError> {
-    let stream = tcp(server).await?;
+pub async fn tls(
+    server: &str,
+    config: Arc<ClientConfig>,
+    proxies: &Proxies,
+) -> Result<TlsStream<TcpStream>, DialError> {
+    let stream = match proxies.to(server) {
+        Some(proxy) => proxy::connect(proxy, server)
+            .await
+            .map_err(|error| DialError::Proxy { proxy: proxy.address.clone(), error })?,
+        None => tcp(server).await?,
+    };
     let handshake = TlsConnector::from(config).connect(tls::server_name(server), stream);
     timeout(HANDSHAKE_TIMEOUT, handshake).await.map_err(|_| DialError::TimedOut)?.map_err(DialError::from_tls)
 }
@@ -115,6 +125,14 @@ pub enum DialError {
     /// No answer in time.
     #[error("no answer in time")]
     TimedOut,
+    /// No way through the proxy.
+    #[error("the proxy at {proxy} {error}")]
+    Proxy {
+        /// `HOST:PORT`.
+        proxy: String,
+        /// Why.
+        error: ProxyError,
+    },
     /// This end does not accept the other's certificate.
     #[error(transparent)]
     Verify(#[from] VerifyError),

@@ -18,6 +18,7 @@ use crate::identity::certificate::{self, CertificateError, is_name, is_tag};
 use crate::identity::store::{self, StoreError};
 use crate::identity::verify::VerifyError;
 use crate::identity::{DeviceKey, Identity, Peer};
+use crate::proxy::{Proxies, ProxyError};
 use crate::tls::{self, TlsError};
 
 /// How long the mediator may take to answer the request.
@@ -37,6 +38,8 @@ pub struct Enrolment {
     /// Whether this is a machine installed anew: gives up the identity that is there, and takes the name of
     /// a device that has it.
     pub replace: bool,
+    /// The way out of this network.
+    pub proxies: Proxies,
 }
 
 /// Enrols this device and stores its identity. The key is made first and kept, so that the same token
@@ -62,7 +65,7 @@ pub async fn enrol(token: &EnrolmentToken, wanted: &Enrolment) -> Result<Identit
         hosts: wanted.hosts.clone(),
         replace: wanted.replace,
     };
-    let granted = ask(token, &request).await?;
+    let granted = ask(token, &request, &wanted.proxies).await?;
     let identity = accept(granted, token, key, wanted.hosts.clone())?;
     store::save(&wanted.dir, &identity)?;
     Ok(identity)
@@ -115,11 +118,11 @@ fn refuse_overwriting(dir: &Path, replace: bool) -> Result<(), EnrolError> {
 }
 
 /// Asks all servers of the token in turn; the first that answers decides.
-async fn ask(token: &EnrolmentToken, request: &Request) -> Result<Granted, EnrolError> {
+async fn ask(token: &EnrolmentToken, request: &Request, proxies: &Proxies) -> Result<Granted, EnrolError> {
     let config = Arc::new(tls::enrol_client(token.fingerprint)?);
     let mut last = EnrolError::NoAnswer;
     for server in &token.servers {
-        let mut stream = match dial::tls(server, config.clone()).await {
+        let mut stream = match dial::tls(server, config.clone(), proxies).await {
             Ok(stream) => stream,
             Err(error) => {
                 last = EnrolError::from_dial(server, error);
@@ -184,6 +187,7 @@ fn accept(
         root: CertificateDer::from(granted.root),
         key: Arc::new(key),
         revoked: Arc::default(),
+        proxies: Proxies::default(),
     })
 }
 
@@ -230,6 +234,16 @@ pub enum EnrolError {
         /// What the system said.
         why: String,
     },
+    /// No way through the proxy.
+    #[error("the mediator at {server} cannot be reached: the proxy at {proxy} {error}")]
+    Proxy {
+        /// The last server tried.
+        server: String,
+        /// `HOST:PORT`.
+        proxy: String,
+        /// Why.
+        error: ProxyError,
+    },
     /// No answer in time.
     #[error("the mediator at {server} did not answer in time")]
     TimedOut {
@@ -260,6 +274,7 @@ impl EnrolError {
             }
             DialError::Verify(verdict) => Self::Untrusted(verdict),
             DialError::TimedOut => Self::TimedOut { server: server.to_owned() },
+            DialError::Proxy { proxy, error } => Self::Proxy { server: server.to_owned(), proxy, error },
             other => Self::Unreachable { server: server.to_owned(), why: other.to_string() },
         }
     }
@@ -270,7 +285,7 @@ impl Failure for EnrolError {
         match self {
             Self::Token(_) | Self::Name(_) | Self::Tag(_) | Self::AlreadyEnrolled(_) => Exit::Usage,
             Self::Refused(_) | Self::WrongFingerprint | Self::Untrusted(_) => Exit::Refused,
-            Self::Unreachable { .. } | Self::Intercepted { .. } => Exit::Unreachable,
+            Self::Unreachable { .. } | Self::Proxy { .. } | Self::Intercepted { .. } => Exit::Unreachable,
             Self::TimedOut { .. } => Exit::TimedOut,
             Self::Store(error) => error.exit(),
             Self::Unavailable(_) | Self::NoAnswer | Self::Certificate(_) | Self::Tls(_) => Exit::Failed,
@@ -290,6 +305,7 @@ impl Failure for EnrolError {
                 "ask the operator for a new token; if it fails again, someone may sit in between".into()
             }
             Self::Intercepted { .. } => crate::control::INTERCEPTED.into(),
+            Self::Proxy { error, .. } => error.remedy().into(),
             Self::Untrusted(_) => "check this machine's clock; else ask the operator for a new token".into(),
             Self::Unreachable { .. } | Self::TimedOut { .. } => {
                 "check that the mediator runs and no firewall is in the way; then try the same token again"

@@ -1,45 +1,130 @@
 //! One leg to a relay: shows the ticket and hands on the byte stream behind it.
+//!
+//! The relay is reached by plain TCP (8002) or, in networks that let nothing else out, by WebSocket over TLS (443). The
+//! two are raced, a moment apart, and the ticket is shown on the connection that was there first.
 
+use std::future::Future;
 use std::io;
+use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
+use adit_protocol::RELAY_PATH;
 use adit_protocol::control::RelayTicket;
 use adit_protocol::leg::{self, Status};
 use adit_protocol::ticket::Ticket;
+use adit_tunnel::session::CarrierKind;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::time::{sleep, timeout};
+use tokio_rustls::TlsStream;
+use tokio_tungstenite::client_async_with_config;
+use tokio_util::either::Either;
 
 use crate::dial::{self, DialError};
 use crate::identity::Identity;
 use crate::os;
+use crate::tls;
+use crate::websocket::{self, WebSocketBytes};
 
 /// Unsent bytes that the kernel may hold: more would stand in front of a keystroke, less would let a
 /// fast line run dry (TCP_NOTSENT_LOWAT).
 const NOTSENT: u32 = 128 * 1024;
+/// What one way has before the other is tried beside it: more than most round trips, less than anybody notices.
+const HEAD_START: Duration = Duration::from_millis(250);
+/// How long the WebSocket's handshake may take.
+const UPGRADE: Duration = Duration::from_secs(5);
+
+/// A byte stream to or from a relay: plain TCP, or inside WebSocket messages on TLS.
+pub type LegStream = Either<TcpStream, Box<WebSocketBytes<TlsStream<TcpStream>>>>;
 
 /// A connection to a relay. The relay's one status byte is taken off its front: what is read comes
 /// from the other leg. Nobody waits for that byte; bytes may be written at once.
 #[derive(Debug)]
 pub struct Leg {
-    stream: TcpStream,
+    stream: LegStream,
     paired: bool,
 }
 
-/// Connects to the relay, trying its addresses in turn, and shows the ticket.
+/// Connects to the relay and shows the ticket. The way of `first` (8002 or 443) has a head start on the other.
 ///
 /// # Errors
 /// [`LegError`].
-pub async fn dial(identity: &Identity, grant: &RelayTicket) -> Result<Leg, LegError> {
+pub async fn dial(identity: &Identity, grant: &RelayTicket, first: CarrierKind) -> Result<Leg, LegError> {
     let ticket = Ticket::peek(&grant.ticket).map_err(|_| LegError::Ticket)?;
     let preamble = leg::encode(&grant.ticket, &ticket, |message| identity.sign(message));
-    let mut last = LegError::Ticket;
+    let plain = async { plain(grant).await.map(Either::Left) };
+    let web = async { web(identity, grant).await.map(|stream| Either::Right(Box::new(stream))) };
+    let mut stream: LegStream = match first {
+        CarrierKind::RelayHttps => race(web, plain).await?,
+        _ => race(plain, web).await?,
+    };
+    stream.write_all(&preamble).await.map_err(DialError::Unreachable)?;
+    stream.flush().await.map_err(DialError::Unreachable)?;
+    Ok(Leg { stream, paired: false })
+}
+
+/// The first to come about; `second` begins after a moment, or when `first` has failed.
+async fn race<T>(
+    first: impl Future<Output = Result<T, LegError>>,
+    second: impl Future<Output = Result<T, LegError>>,
+) -> Result<T, LegError> {
+    tokio::pin!(first, second);
+    let early = tokio::select! {
+        done = &mut first => Some(done),
+        () = sleep(HEAD_START) => None,
+    };
+    match early {
+        Some(Ok(stream)) => Ok(stream),
+        Some(Err(error)) => second.await.map_err(|_| error),
+        None => tokio::select! {
+            done = &mut first => match done {
+                Ok(stream) => Ok(stream),
+                Err(error) => second.await.map_err(|_| error),
+            },
+            done = &mut second => match done {
+                Ok(stream) => Ok(stream),
+                Err(_) => first.await,
+            },
+        },
+    }
+}
+
+async fn plain(grant: &RelayTicket) -> Result<TcpStream, LegError> {
+    let mut last = LegError::Nowhere;
     for address in &grant.addresses {
         match dial::tcp(address).await {
-            Ok(mut stream) => {
+            Ok(stream) => {
                 os::limit_unsent(&stream, NOTSENT);
-                stream.write_all(&preamble).await.map_err(DialError::Unreachable)?;
-                return Ok(Leg { stream, paired: false });
+                return Ok(stream);
+            }
+            Err(error) => last = error.into(),
+        }
+    }
+    Err(last)
+}
+
+async fn web(
+    identity: &Identity,
+    grant: &RelayTicket,
+) -> Result<WebSocketBytes<TlsStream<TcpStream>>, LegError> {
+    let config = tls::relay_client(identity).map_err(|error| LegError::Tls(error.to_string()))?;
+    let config = Arc::new(config);
+    let mut last = LegError::Nowhere;
+    for server in &grant.https {
+        match dial::tls(server, config.clone(), &identity.proxies).await {
+            Ok(stream) => {
+                os::limit_unsent(stream.get_ref().0, NOTSENT);
+                let request = format!("wss://{server}{RELAY_PATH}");
+                let stream = TlsStream::from(stream);
+                let upgraded = client_async_with_config(request, stream, Some(websocket::config()));
+                match timeout(UPGRADE, upgraded).await {
+                    Ok(Ok((socket, _))) => return Ok(WebSocketBytes::new(socket)),
+                    Ok(Err(error)) => last = LegError::Upgrade(error.to_string()),
+                    Err(_) => last = DialError::TimedOut.into(),
+                }
             }
             Err(error) => last = error.into(),
         }
@@ -48,21 +133,47 @@ pub async fn dial(identity: &Identity, grant: &RelayTicket) -> Result<Leg, LegEr
 }
 
 impl Leg {
-    /// The connection itself, for its addresses.
-    pub fn stream(&self) -> &TcpStream {
-        &self.stream
+    /// What carries it.
+    pub fn kind(&self) -> CarrierKind {
+        match self.stream {
+            Either::Left(_) => CarrierKind::Relay,
+            Either::Right(_) => CarrierKind::RelayHttps,
+        }
+    }
+
+    /// Its own address and that of the relay, or of the proxy before it.
+    pub fn addresses(&self) -> (Option<SocketAddr>, Option<SocketAddr>) {
+        let tcp = tcp_of(&self.stream);
+        (tcp.local_addr().ok(), tcp.peer_addr().ok())
+    }
+}
+
+/// The connection under a leg.
+pub fn tcp_of(stream: &LegStream) -> &TcpStream {
+    match stream {
+        Either::Left(tcp) => tcp,
+        Either::Right(web) => web.get_ref().get_ref().0,
     }
 }
 
 /// Why there is no leg.
 #[derive(Debug, thiserror::Error)]
 pub enum LegError {
-    /// The mediator sent a ticket that is none, or one without an address.
+    /// The mediator sent a ticket that is none.
     #[error("the mediator's ticket cannot be used")]
     Ticket,
+    /// The relay is not reached this way.
+    #[error("the relay has no such address")]
+    Nowhere,
     /// No connection.
     #[error("{0}")]
     Dial(#[from] DialError),
+    /// What answers on the HTTPS port takes no WebSocket there.
+    #[error("what answers there is no relay: {0}")]
+    Upgrade(String),
+    /// TLS could not be set up.
+    #[error("{0}")]
+    Tls(String),
 }
 
 /// The relay has refused the leg.

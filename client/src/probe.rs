@@ -62,7 +62,7 @@ fn reached(what: &str, address: String, found: Found) -> Reached {
 async fn control(address: &str, identity: &Identity) -> Found {
     let config = tls::control_client(identity).map_err(|error| error.to_string())?;
     let start = Instant::now();
-    match dial::tls(address, Arc::new(config)).await {
+    match dial::tls(address, Arc::new(config), &identity.proxies).await {
         Ok(stream) => {
             Ok((start.elapsed(), stream.get_ref().0.peer_addr().map_or(String::new(), |at| at.to_string())))
         }

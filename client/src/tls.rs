@@ -32,6 +32,16 @@ pub fn control_client(identity: &Identity) -> Result<ClientConfig, TlsError> {
     client(identity, Expected::role(Role::Mediator), ALPN_CONTROL)
 }
 
+/// A relay's HTTPS port, device's side: the other end must be a relay of our organisation, or the mediator with one in
+/// it. Which relay it is, the ticket says: it is of no use to another.
+///
+/// # Errors
+/// See [`control_client`].
+pub fn relay_client(identity: &Identity) -> Result<ClientConfig, TlsError> {
+    let expected = Expected { roles: vec![Role::Relay, Role::Mediator], device: None };
+    client(identity, expected, ALPN_CONTROL)
+}
+
 /// Control channel, mediator's side: any agent, technician or relay of our organisation.
 ///
 /// # Errors

@@ -82,6 +82,7 @@ fn identity(server: SocketAddr) -> Identity {
         root: authority.certificate().clone(),
         key: Arc::new(key),
         revoked: Arc::default(),
+        proxies: Default::default(),
     }
 }
 
@@ -107,6 +108,7 @@ async fn whatever_stands_in_between_is_named_with_its_remedy() {
             tags: vec![],
             hosts: vec![],
             replace: false,
+            proxies: Default::default(),
         };
         let patience = Duration::from_secs(20);
         let enrolling = tokio::time::timeout(patience, enrol(&token, &wanted)).await.expect("in time");

@@ -93,6 +93,7 @@ fn organisation() -> [Identity; 2] {
             root: authority.certificate().clone(),
             key: Arc::new(key),
             revoked: Arc::default(),
+            proxies: Default::default(),
         }
     })
 }

@@ -4,17 +4,15 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use adit_client::control::{Heartbeat, Incoming, PATH, wire};
+use adit_client::control::{Heartbeat, Incoming, wire};
 use adit_client::identity::Peer;
 use adit_protocol::control::{
     Agents, Down, Hello, Refused, RefusedCode, RelayUp, ToDevice, ToMediator, Up, Welcome,
 };
 use adit_protocol::{PROTOCOL_VERSION, Role};
+use adit_relay::upgrade::Upgrade;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::timeout;
-use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::handshake::server::{ErrorResponse, Request, Response};
-use tokio_tungstenite::tungstenite::http::StatusCode;
 use tracing::{debug, info, warn};
 
 use crate::broker::Broker;
@@ -47,11 +45,11 @@ pub struct Greeting {
 }
 
 /// Serves a device until its channel ends. `peer` is what its verified certificate says, `from` where it is.
-pub async fn serve<S>(stream: S, peer: Peer, from: SocketAddr, broker: Arc<Broker>)
+pub async fn serve<S>(upgrade: Upgrade<S>, peer: Peer, from: SocketAddr, broker: Arc<Broker>)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let Ok(Some(socket)) = timeout(GREETING, upgrade(stream)).await else { return };
+    let Ok(Ok(socket)) = timeout(GREETING, upgrade.accept(wire::websocket_config())).await else { return };
     let (outgoing, mut incoming) = wire::pump::<_, ToDevice, ToMediator>(socket, Heartbeat::default());
     let Some(hello) = hello(&mut incoming).await else { return };
     let device = match admit(&peer, &broker) {
@@ -133,6 +131,7 @@ async fn relay_up(channel: &Channel, broker: &Broker, up: RelayUp) {
         epoch: up.epoch,
         addresses: up.addresses,
         stun: up.stun,
+        https: up.https,
         channel: Some(channel.id),
     };
     relay.keep_hosts(&channel.device.hosts);
@@ -178,21 +177,4 @@ fn welcome(device: &Device, broker: &Broker) -> Welcome {
         ticket_key: if device.role == Role::Relay { greeting.ticket_key.to_vec() } else { vec![] },
         servers: greeting.servers.clone(),
     }
-}
-
-async fn upgrade<S>(stream: S) -> Option<WebSocketStream<S>>
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
-    #[expect(clippy::result_large_err, reason = "tungstenite's signature")]
-    let only_our_path = |request: &Request, response: Response| {
-        if request.uri().path() == PATH {
-            return Ok(response);
-        }
-        let mut refusal = ErrorResponse::new(None);
-        *refusal.status_mut() = StatusCode::NOT_FOUND;
-        Err(refusal)
-    };
-    let config = Some(wire::websocket_config());
-    tokio_tungstenite::accept_hdr_async_with_config(stream, only_our_path, config).await.ok()
 }

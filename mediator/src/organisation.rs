@@ -118,6 +118,7 @@ impl Organisation {
             root: read_certificate(dir, ROOT)?,
             key: Arc::new(read_key(dir, SERVER_KEY)?),
             revoked: Arc::default(),
+            proxies: Default::default(),
         };
         let mut organisation = Self {
             dir: dir.to_owned(),

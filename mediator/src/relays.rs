@@ -28,6 +28,8 @@ pub struct Relay {
     pub addresses: Vec<String>,
     /// `HOST:PORT` (UDP) of its STUN server; empty: none.
     pub stun: String,
+    /// `HOST:PORT` (TCP) each, by WebSocket over TLS.
+    pub https: Vec<String>,
     /// Its control channel; `None`: embedded.
     pub channel: Option<ChannelId>,
 }
@@ -38,7 +40,8 @@ impl Relay {
         let sane =
             |address: &String| address.len() <= MAX_ADDRESS && address.bytes().all(|b| b.is_ascii_graphic());
         (1..=MAX_ADDRESSES).contains(&self.addresses.len())
-            && self.addresses.iter().all(sane)
+            && self.https.len() <= MAX_ADDRESSES
+            && self.addresses.iter().chain(&self.https).all(sane)
             && sane(&self.stun)
     }
 
@@ -50,6 +53,7 @@ impl Relay {
             enrolled.iter().any(|known| canonical(known) == canonical(host))
         };
         self.addresses.retain(known);
+        self.https.retain(known);
         if !known(&self.stun) {
             self.stun.clear();
         }
@@ -80,11 +84,11 @@ impl Relays {
     }
 
     /// A relay is reached at other addresses; says whether that is news.
-    pub fn moved(&self, id: DeviceId, addresses: Vec<String>) -> bool {
+    pub fn moved(&self, id: DeviceId, addresses: Vec<String>, https: Vec<String>) -> bool {
         let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(relay) = list.iter_mut().find(|relay| relay.id == id) else { return false };
-        let news = relay.addresses != addresses;
-        relay.addresses = addresses;
+        let news = relay.addresses != addresses || relay.https != https;
+        (relay.addresses, relay.https) = (addresses, https);
         news
     }
 
@@ -155,7 +159,8 @@ impl Pairing {
                 max_seconds: 0,
             };
             let ticket = ticket.sign(key).ok()?;
-            Some(RelayTicket { relay: relay.id.0.to_vec(), addresses: relay.addresses.clone(), ticket })
+            let (addresses, https) = (relay.addresses.clone(), relay.https.clone());
+            Some(RelayTicket { relay: relay.id.0.to_vec(), addresses, ticket, https })
         };
         relays.iter().filter_map(ticket).collect()
     }
@@ -172,7 +177,7 @@ mod tests {
             let arrival = crate::presence::arrival(Role::Relay, id, 1);
             presence.channel(arrival, tokio::sync::mpsc::channel(1).0).id
         });
-        Relay { id: DeviceId([id; 16]), epoch, addresses, stun: String::new(), channel }
+        Relay { id: DeviceId([id; 16]), epoch, addresses, stun: String::new(), https: vec![], channel }
     }
 
     #[test]
@@ -192,10 +197,11 @@ mod tests {
     fn a_relay_is_only_where_it_was_enrolled() {
         let mut relay = relay(1, "a.example", 1);
         relay.addresses.extend(["evil.example:8002".to_owned(), "[2001:db8::1]:8002".to_owned()]);
+        relay.https.push("evil.example:443".to_owned());
         relay.stun = "evil.example:8002".to_owned();
         relay.keep_hosts(&["A.example".to_owned(), "2001:DB8:0::1".to_owned()]);
         assert_eq!(relay.addresses, ["a.example:8002", "[2001:db8::1]:8002"]);
-        assert_eq!(relay.stun, "");
+        assert_eq!((relay.stun.as_str(), relay.https.len()), ("", 0));
         relay.keep_hosts(&["c.example".to_owned()]);
         assert!(!relay.is_sane());
     }

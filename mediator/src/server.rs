@@ -12,12 +12,13 @@ use adit_client::identity::Peer;
 use adit_client::service;
 use adit_client::tls;
 use adit_protocol::enrol::Request;
-use adit_protocol::{ALPN_CONTROL, ALPN_ENROL, DeviceId};
-use adit_relay::Visit;
+use adit_protocol::{ALPN_CONTROL, ALPN_ENROL, CONTROL_PATH, DeviceId, RELAY_PATH};
 use adit_relay::diagnostics::{self, Readiness};
 use adit_relay::door::{Crowd, Door};
 use adit_relay::listen::{self, ListenError, Setting};
 use adit_relay::penalty::Offence;
+use adit_relay::upgrade::Upgrade;
+use adit_relay::{Visit, https};
 use prometheus_client::registry::Registry;
 use rustls::ServerConfig;
 use rustls::server::Acceptor;
@@ -26,8 +27,7 @@ use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use tokio_rustls::LazyConfigAcceptor;
-use tokio_rustls::server::TlsStream;
+use tokio_rustls::{LazyConfigAcceptor, TlsStream};
 use tracing::{debug, error, info};
 
 use crate::admin;
@@ -111,6 +111,8 @@ struct Doors {
     browsers: Arc<ServerConfig>,
     enrol: Arc<ServerConfig>,
     broker: Arc<Broker>,
+    /// The relay in this process.
+    relay: Option<Arc<adit_relay::Relay>>,
     enroller: Enroller,
     door: Door,
     channels: Arc<Semaphore>,
@@ -147,11 +149,10 @@ impl Mediator {
             relay.set_ticket_key(ticket_key.public_key());
             relay.register(&mut registry);
             broker.embed(relay.clone());
-            let addresses = config.reached_at(config.listen.relay);
-            let epoch = relay.epoch();
-            broker
-                .relay_up(Relay { id: *relay_id, epoch, addresses, stun: String::new(), channel: None })
-                .await;
+            let (addresses, https) =
+                (config.reached_at(config.listen.relay), config.reached_at(config.listen.https));
+            let (epoch, stun) = (relay.epoch(), String::new());
+            broker.relay_up(Relay { id: *relay_id, epoch, addresses, stun, https, channel: None }).await;
             Some((relay, listener))
         } else {
             None
@@ -167,6 +168,7 @@ impl Mediator {
             browsers: Arc::new(browsers::config(certificates.clone()).map_err(tls::TlsError::from)?),
             enrol: Arc::new(tls::enrol_server(identity)?),
             broker: broker.clone(),
+            relay: relay.as_ref().map(|(relay, _)| relay.clone()),
             enroller: Enroller { broker: broker.clone() },
             door: Door::new(&config.limits),
             channels: Arc::new(Semaphore::new(MAX_CHANNELS)),
@@ -267,7 +269,8 @@ impl Settings {
         let config = Config { hosts, ..self.started.clone() };
         self.certificates.refresh(&config.hosts);
         if let Some(relay) = self.relay {
-            broker.relay_moved(relay, config.reached_at(config.listen.relay));
+            let https = config.reached_at(config.listen.https);
+            broker.relay_moved(relay, config.reached_at(config.listen.relay), https);
         }
         broker.set_greeting(greeting(&config, self.ticket_key));
         Ok(())
@@ -290,10 +293,12 @@ async fn accept_all(listener: TcpListener, doors: Arc<Doors>) -> std::io::Result
 
 /// What a connection showed in time.
 enum Shown {
-    /// A certificate of our organisation.
-    Device(Box<TlsStream<TcpStream>>, Peer),
+    /// A certificate of our organisation, and for what.
+    Device(Box<Upgrade<TlsStream<TcpStream>>>, Peer),
     /// The wish to enrol, with a token.
     Request(Box<TlsStream<TcpStream>>, Request),
+    /// A certificate of our organisation, and nothing more.
+    Gone,
     /// That it wants nothing that is here.
     Nothing,
 }
@@ -305,10 +310,18 @@ impl Doors {
             () = visit.driven_out() => return debug!("connection closed: too many have not shown who they are"),
         };
         match shown {
-            Ok(Ok(Shown::Device(stream, peer))) => {
+            Ok(Ok(Shown::Device(upgrade, peer))) => {
                 drop(visit);
-                if let Ok(_place) = self.channels.clone().try_acquire_owned() {
-                    channel::serve(*stream, peer, from, self.broker.clone()).await;
+                match (upgrade.path(), &self.relay) {
+                    (CONTROL_PATH, _) => {
+                        if let Ok(_place) = self.channels.clone().try_acquire_owned() {
+                            channel::serve(*upgrade, peer, from, self.broker.clone()).await;
+                        }
+                    }
+                    (RELAY_PATH, Some(relay)) => {
+                        https::serve_upgrade(relay.clone(), *upgrade, from.ip()).await;
+                    }
+                    _ => debug!("a device asked for what is not here"),
                 }
             }
             Ok(Ok(Shown::Request(mut stream, request))) => {
@@ -320,10 +333,11 @@ impl Doors {
                     Err(_) => debug!("enrolment too slow"),
                 }
             }
+            Ok(Ok(Shown::Gone)) => debug!("a device went away"),
             Ok(Ok(Shown::Nothing)) => self.door.offended(from.ip(), Offence::Left),
             Ok(Err(error)) => {
                 debug!(%error, "connection refused");
-                self.door.offended(from.ip(), offence(&error));
+                self.door.offended(from.ip(), Offence::of_handshake(&error));
             }
             Err(_) => self.door.offended(from.ip(), Offence::Silent),
         }
@@ -343,11 +357,15 @@ impl Doors {
                 }
             };
             let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
-            let peer = certificate.and_then(|der| Peer::from_certificate(der).ok());
-            return Ok(peer.map_or(Shown::Nothing, |peer| Shown::Device(Box::new(stream), peer)));
+            let Some(peer) = certificate.and_then(|der| Peer::from_certificate(der).ok()) else {
+                return Ok(Shown::Nothing);
+            };
+            // It has shown who it is: if it says nothing more, that is no offence.
+            let upgrade = Upgrade::read(TlsStream::from(stream)).await;
+            return Ok(upgrade.map_or(Shown::Gone, |upgrade| Shown::Device(Box::new(upgrade), peer)));
         }
         if offers(ALPN_ENROL) {
-            let mut stream = hello.into_stream(self.enrol.clone()).await?;
+            let mut stream = TlsStream::from(hello.into_stream(self.enrol.clone()).await?);
             let request = read_message(&mut stream).await?;
             return Ok(Shown::Request(Box::new(stream), request));
         }
@@ -356,21 +374,6 @@ impl Doors {
             return Ok(Shown::Nothing);
         }
         Ok(Shown::Nothing)
-    }
-}
-
-/// What somebody did whose connection ended before it had shown anything valid.
-fn offence(error: &std::io::Error) -> Offence {
-    let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
-    match tls {
-        Some(rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented) => {
-            Offence::BadCertificate
-        }
-        // It does not trust us: a device of another organisation, or a browser.
-        Some(rustls::Error::AlertReceived(_)) => Offence::Left,
-        Some(_) => Offence::Garbage,
-        None if error.kind() == std::io::ErrorKind::InvalidData => Offence::Garbage,
-        None => Offence::Left,
     }
 }
 

@@ -276,6 +276,10 @@ pub struct RelayTicket {
     /// Signed text of the ticket ([`crate::ticket`]).
     #[prost(string, tag = "3")]
     pub ticket: String,
+    /// `HOST:PORT` (TCP) each, where the same relay is reached by WebSocket over TLS ([`crate::RELAY_PATH`]). Empty:
+    /// nowhere.
+    #[prost(string, repeated, tag = "4")]
+    pub https: Vec<String>,
 }
 
 /// See [`Up::Answer`].
@@ -354,6 +358,9 @@ pub struct RelayUp {
     /// `HOST:PORT` (UDP) of its STUN server; empty: none.
     #[prost(string, tag = "3")]
     pub stun: String,
+    /// As [`RelayTicket::https`].
+    #[prost(string, repeated, tag = "4")]
+    pub https: Vec<String>,
 }
 
 /// See [`Up::Tier`].

@@ -33,6 +33,11 @@ pub const PROTOCOL_VERSION: u32 = 1;
 pub const ALPN_CONTROL: &[u8] = b"adit";
 /// ALPN of enrolment: no client certificate, a token instead.
 pub const ALPN_ENROL: &[u8] = b"adit-enrol";
+/// Path of the control channel's WebSocket, with ALPN [`ALPN_CONTROL`].
+pub const CONTROL_PATH: &str = "/control";
+/// Path of a relay's WebSocket, with the same ALPN: its binary messages, one after the other, are the byte stream
+/// that [`leg`] begins. Where they are cut means nothing.
+pub const RELAY_PATH: &str = "/relay";
 /// ALPN of the end-to-end carriers, both TLS and QUIC.
 pub const ALPN_TUNNEL: &[u8] = b"adit-tunnel";
 

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use adit_client::enrol::{EnrolError, Enrolment, enrol};
 use adit_client::exit::{Exit, Failure};
 use adit_client::identity::store::{self, Access, StoreError};
+use adit_client::proxy::Proxies;
 use adit_protocol::Role;
 use adit_protocol::token::EnrolmentToken;
 use clap::{Args, Parser, Subcommand};
@@ -86,6 +87,9 @@ struct Run {
     /// Listen here instead of `[listen] udp`
     #[arg(long, value_name = "IP:PORT", env = "ADIT_LISTEN_UDP")]
     listen_udp: Option<SocketAddr>,
+    /// Listen here instead of `[listen] https`
+    #[arg(long, value_name = "IP:PORT", env = "ADIT_LISTEN_HTTPS")]
+    listen_https: Option<SocketAddr>,
     /// Listen here instead of `[listen] diagnostics`
     #[arg(long, value_name = "IP:PORT", env = "ADIT_LISTEN_DIAGNOSTICS")]
     listen_diagnostics: Option<SocketAddr>,
@@ -130,6 +134,7 @@ impl Enroll {
             tags: Vec::new(),
             hosts: self.hosts.clone(),
             replace: self.replace,
+            proxies: Proxies::default(),
         };
         let identity = enrol(&token, &wanted).await?;
         let file = dir.join(config::FILE);
@@ -150,6 +155,7 @@ impl Run {
         let overrides = Overrides {
             relay: self.listen_relay,
             udp: self.listen_udp,
+            https: self.listen_https,
             diagnostics: self.listen_diagnostics,
         };
         run::run(&dir, overrides).await.map_err(|error: RunError| Box::new(error) as _)

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use adit_client::exit::{Exit, Failure};
-use adit_protocol::DEFAULT_RELAY_PORT;
+use adit_protocol::{DEFAULT_HTTPS_PORT, DEFAULT_RELAY_PORT};
 use serde::{Deserialize, Deserializer};
 
 use crate::server::Limits;
@@ -35,9 +35,9 @@ pub struct Listen {
     /// STUN (UDP).
     #[serde(deserialize_with = "off_or_address")]
     pub udp: Option<SocketAddr>,
-    /// The relay over WebSocket and TLS (TCP). Not in this version.
-    #[serde(deserialize_with = "not_yet")]
-    pub https: (),
+    /// The relay over WebSocket and TLS (TCP).
+    #[serde(deserialize_with = "off_or_address")]
+    pub https: Option<SocketAddr>,
     /// `/metrics`, `/healthz`, `/readyz` (HTTP).
     #[serde(deserialize_with = "off_or_address")]
     pub diagnostics: Option<SocketAddr>,
@@ -48,7 +48,7 @@ impl Default for Listen {
         Self {
             relay: SocketAddr::from(([0; 16], DEFAULT_RELAY_PORT)),
             udp: Some(SocketAddr::from(([0; 16], DEFAULT_RELAY_PORT))),
-            https: (),
+            https: Some(SocketAddr::from(([0; 16], DEFAULT_HTTPS_PORT))),
             diagnostics: Some(SocketAddr::from(([127, 0, 0, 1], 9465))),
         }
     }
@@ -74,6 +74,7 @@ impl ConfigFile {
 pub fn template(hosts: &[String]) -> String {
     let hosts: Vec<String> = hosts.iter().map(|host| format!("{host:?}")).collect();
     let (listen, limits) = (Listen::default(), Limits::default());
+    let https = DEFAULT_HTTPS_PORT;
     let (relay, Limits { unauthenticated, per_source, waiting, pairs, spent, .. }) = (listen.relay, limits);
     format!(
         r#"# An adit relay. Settings with a # in front have that value by default.
@@ -88,8 +89,8 @@ hosts = [{}]
 # STUN (UDP); "" turns it off.
 # udp = "{relay}"
 
-# The relay on 443 for networks that let nothing else out. Not in this version: leave it off.
-# https = ""
+# The same relay by WebSocket over TLS (TCP), for networks that let nothing but 443 out; "" turns it off.
+# https = "[::]:{https}"
 
 # /metrics, /healthz and /readyz (HTTP without a password: keep it private); "" turns it off.
 # diagnostics = "127.0.0.1:9465"
@@ -160,14 +161,6 @@ fn off_or_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<S
     })
 }
 
-/// A setting of the interface that this version has no use for: only off is honest.
-fn not_yet<'de, D: Deserializer<'de>>(deserializer: D) -> Result<(), D::Error> {
-    match String::deserialize(deserializer)?.as_str() {
-        "" => Ok(()),
-        _ => Err(serde::de::Error::custom("this version of the relay does not serve https: leave it \"\"")),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -195,7 +188,7 @@ mod tests {
             ("[listen]\nrelais = \"x\"", "relais"),
             ("host = []", "host"),
             ("[listen]\nudp = \"8002\"", "8002"),
-            ("[listen]\nhttps = \"[::]:443\"", "does not serve https"),
+            ("[listen]\nhttps = \"443\"", "443"),
             ("[limits]\npairs = -1", "pairs"),
         ] {
             fs::write(dir.path().join(FILE), text).expect("writes");
@@ -208,7 +201,8 @@ mod tests {
 
     #[test]
     fn off_is_off() {
-        let config: ConfigFile = toml::from_str("[listen]\nudp = \"\"\ndiagnostics = \"\"").expect("reads");
-        assert_eq!((config.listen.udp, config.listen.diagnostics), (None, None));
+        let config: ConfigFile =
+            toml::from_str("[listen]\nudp = \"\"\nhttps = \"\"\ndiagnostics = \"\"").expect("reads");
+        assert_eq!((config.listen.udp, config.listen.https, config.listen.diagnostics), (None, None, None));
     }
 }

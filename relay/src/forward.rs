@@ -22,7 +22,7 @@ const TURN_ROUNDS: usize = 32;
 /// A direction that moved this much at once gets a large pipe the next time.
 const MUCH: usize = 16 * 1024;
 /// After one direction has ended, how long the other may be silent.
-const HALF_OPEN: Duration = Duration::from_secs(60);
+pub(crate) const HALF_OPEN: Duration = Duration::from_secs(60);
 
 /// The limits that a pair's tickets set.
 #[derive(Debug, Clone, Copy)]

@@ -9,6 +9,9 @@
 //! | `gate` | the bounded number of connections without a ticket so far |
 //! | `pairing` | which leg waits for which; which tickets are spent |
 //! | `forward` | the two directions of a pair |
+//! | `copied` | the same where a leg came by WebSocket |
+//! | [`https`] | the port on which legs come by WebSocket |
+//! | [`upgrade`] | the request with which a WebSocket begins |
 //! | `pool`, `pipe` | pipes and buffers, lent while bytes are on the way |
 //! | [`metrics`], [`diagnostics`] | what is counted, and the HTTP server that shows it |
 //! | [`listen`], `holder`, [`stun`] | a server's sockets; who has a port that is taken; its STUN server |
@@ -16,6 +19,7 @@
 
 pub mod cli;
 pub mod config;
+mod copied;
 pub mod diagnostics;
 pub mod door;
 mod forward;
@@ -24,6 +28,7 @@ mod gate;
 mod holder;
 #[cfg(not(target_os = "linux"))]
 mod holder_none;
+pub mod https;
 #[cfg(target_os = "linux")]
 pub mod install;
 pub mod listen;
@@ -38,6 +43,7 @@ mod pool;
 pub mod run;
 pub mod server;
 pub mod stun;
+pub mod upgrade;
 
 pub use gate::Visit;
 pub use server::{Config, Limits, Relay};

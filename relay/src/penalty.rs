@@ -6,6 +6,7 @@
 //! all is served. So a mistyped token or a health check costs nothing, and a scanner is out after a few tries.
 
 use std::collections::{BTreeSet, HashMap};
+use std::io;
 use std::net::{IpAddr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
@@ -76,6 +77,20 @@ impl Offence {
             // `noauth`. A health check every two seconds never gets anywhere near the least that bites.
             Self::Left => 1,
         })
+    }
+
+    /// What somebody did whose TLS connection ended before it had shown anything valid.
+    pub fn of_handshake(error: &io::Error) -> Self {
+        use rustls::Error::{AlertReceived, InvalidCertificate, NoCertificatesPresented};
+        let tls = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+        match tls {
+            Some(InvalidCertificate(_) | NoCertificatesPresented) => Self::BadCertificate,
+            // It does not trust us: a device of another organisation, or a browser.
+            Some(AlertReceived(_)) => Self::Left,
+            Some(_) => Self::Garbage,
+            None if error.kind() == io::ErrorKind::InvalidData => Self::Garbage,
+            None => Self::Left,
+        }
     }
 }
 

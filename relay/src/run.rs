@@ -20,6 +20,7 @@ use tracing::{error, info, warn};
 
 use crate::config::{self, ConfigError, ConfigFile, Listen};
 use crate::diagnostics::{self, Readiness};
+use crate::https;
 use crate::listen::{self, ListenError, Setting};
 use crate::server::{Config, Relay};
 use crate::stun;
@@ -31,6 +32,8 @@ pub struct Overrides {
     pub relay: Option<SocketAddr>,
     /// `[listen] udp`.
     pub udp: Option<SocketAddr>,
+    /// `[listen] https`.
+    pub https: Option<SocketAddr>,
     /// `[listen] diagnostics`.
     pub diagnostics: Option<SocketAddr>,
 }
@@ -40,6 +43,7 @@ pub struct Overrides {
 pub struct Sockets {
     relay: TcpListener,
     udp: Option<UdpSocket>,
+    https: Option<TcpListener>,
     diagnostics: Option<TcpListener>,
 }
 
@@ -52,10 +56,12 @@ impl Sockets {
         let file = dir.join(config::FILE);
         let setting = |key| Setting { key, file: &file };
         let udp = overrides.udp.or(config.udp);
+        let https = overrides.https.or(config.https);
         let diagnostics = overrides.diagnostics.or(config.diagnostics);
         Ok(Self {
             relay: listen::tcp(setting("[listen] relay"), overrides.relay.unwrap_or(config.relay))?,
             udp: udp.map(|address| listen::udp(setting("[listen] udp"), address)).transpose()?,
+            https: https.map(|address| listen::tcp(setting("[listen] https"), address)).transpose()?,
             diagnostics: diagnostics
                 .map(|address| listen::tcp(setting("[listen] diagnostics"), address))
                 .transpose()?,
@@ -96,6 +102,11 @@ pub async fn run(dir: &Path, overrides: Overrides) -> Result<(), RunError> {
         tasks.spawn(stun::serve(socket, until_stopped()));
     }
 
+    let mut https_addresses = Vec::new();
+    if let Some(listener) = &sockets.https {
+        let port = listener.local_addr()?.port();
+        https_addresses.extend(hosts.iter().map(|host| host_port(host, port)));
+    }
     let relay = Relay::new(Config { limits: config.limits, ..Config::new(identity.device_id) });
     let readiness = Readiness::new();
     if let Some(listener) = sockets.diagnostics {
@@ -111,10 +122,14 @@ pub async fn run(dir: &Path, overrides: Overrides) -> Result<(), RunError> {
     }
     info!(name = identity.name, port = relay_port, "relay is up");
     tasks.spawn(relay.clone().serve(sockets.relay, until_stopped()));
+    if let Some(listener) = sockets.https {
+        tasks.spawn(https::serve(listener, relay.clone(), live.clone(), until_stopped()));
+    }
     let announcement = RelayUp {
         epoch: relay.epoch(),
         addresses: hosts.iter().map(|host| host_port(host, relay_port)).collect(),
         stun: stun_address,
+        https: https_addresses,
     };
     tasks.spawn(register(live, relay, announcement, readiness));
     // Not only when the mediator has taken it: pairs of a relay that starts again go on without one.

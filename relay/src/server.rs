@@ -2,23 +2,28 @@
 
 use std::future::Future;
 use std::io;
-use std::net::{IpAddr, Shutdown};
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use adit_client::identity::revocation::Revocations;
+use adit_client::leg::{LegStream, tcp_of};
+use adit_client::websocket::WebSocketBytes;
 use adit_protocol::DeviceId;
 use adit_protocol::leg::{self, LegError, Status};
 use adit_protocol::ticket::{Ticket, TicketError};
 use prometheus_client::registry::Registry;
 use serde::Deserialize;
 use socket2::{SockRef, TcpKeepalive};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
+use tokio_rustls::TlsStream;
+use tokio_util::either::Either;
 
+use crate::copied;
 use crate::door::{Crowd, Door};
 use crate::forward::{Caps, End, Forward};
 use crate::gate::Visit;
@@ -105,13 +110,13 @@ pub struct Relay {
 
 /// A leg that waits. Dropping it wakes the task that watches its time.
 struct Leg {
-    stream: TcpStream,
+    stream: LegStream,
     _watched: oneshot::Sender<()>,
 }
 
 /// Two legs that belong together.
 struct Pair {
-    legs: [TcpStream; 2],
+    legs: [LegStream; 2],
     /// Public keys of its devices.
     keys: [[u8; 32]; 2],
     caps: Caps,
@@ -189,11 +194,38 @@ impl Relay {
 
     async fn handle(self: Arc<Self>, stream: TcpStream, from: IpAddr, visit: Visit) {
         // Boxed, so that a pair that only forwards does not carry the memory of its beginning.
-        let Some(pair) = Box::pin(self.admit(stream, from, visit)).await else { return };
+        let pair = Box::pin(self.admit(stream, from, visit)).await;
+        if let Some(pair) = pair {
+            self.forward(pair).await;
+        }
+    }
+
+    /// Takes a leg that came by WebSocket, from a device that has shown its certificate, until it ends.
+    pub async fn handle_web(self: Arc<Self>, stream: WebSocketBytes<TlsStream<TcpStream>>, from: IpAddr) {
+        let pair = Box::pin(async {
+            if let Err(error) = prepare(stream.get_ref().get_ref().0) {
+                tracing::debug!(%error, "connection lost at once");
+                return None;
+            }
+            let (stream, ticket) = self.authenticate(Either::Right(Box::new(stream)), from).await?;
+            self.pair(stream, ticket).await
+        });
+        if let Some(pair) = pair.await {
+            self.forward(pair).await;
+        }
+    }
+
+    async fn forward(self: Arc<Self>, pair: Pair) {
         let Pair { legs, keys, caps, counted } = pair;
-        let forward = Forward::new(legs, caps, self.pool.clone(), self.metrics.clone());
         let revoked = Box::pin(until_revoked(self.revoked.subscribe(), keys));
+        let (pool, metrics) = (self.pool.clone(), self.metrics.clone());
         drop(self);
+        let forward = match legs {
+            [Either::Left(one), Either::Left(other)] => {
+                Either::Left(Forward::new([one, other], caps, pool, metrics))
+            }
+            legs => Either::Right(Box::pin(copied::forward(legs, caps, metrics))),
+        };
         let end = tokio::select! {
             end = forward => end,
             () = revoked => End::Revoked,
@@ -216,7 +248,7 @@ impl Relay {
             return None;
         }
         let (stream, ticket) = tokio::select! {
-            authenticated = self.authenticate(stream, from) => authenticated?,
+            authenticated = self.authenticate(Either::Left(stream), from) => authenticated?,
             () = visit.driven_out() => {
                 self.metrics.refused(Reason::Overload);
                 return None;
@@ -227,7 +259,7 @@ impl Relay {
     }
 
     /// Takes the preamble in time, or sends the connection away.
-    async fn authenticate(&self, mut stream: TcpStream, from: IpAddr) -> Option<(TcpStream, Ticket)> {
+    async fn authenticate(&self, mut stream: LegStream, from: IpAddr) -> Option<(LegStream, Ticket)> {
         match timeout(AUTHENTICATE, self.read_ticket(&mut stream)).await {
             Ok(Ok(ticket)) => return Some((stream, ticket)),
             Ok(Err(reason)) => {
@@ -245,7 +277,7 @@ impl Relay {
     }
 
     /// Reads exactly the preamble: what follows is the other leg's.
-    async fn read_ticket(&self, stream: &mut TcpStream) -> Result<Ticket, Reason> {
+    async fn read_ticket(&self, stream: &mut (impl AsyncRead + Unpin)) -> Result<Ticket, Reason> {
         let mut header = [0; 2];
         stream.read_exact(&mut header).await.map_err(|_| Reason::Silent)?;
         let mut body = vec![0; leg::body_length(header)?];
@@ -264,14 +296,14 @@ impl Relay {
         Ok(ticket)
     }
 
-    async fn pair(&self, stream: TcpStream, ticket: Ticket) -> Option<Pair> {
+    async fn pair(&self, stream: LegStream, ticket: Ticket) -> Option<Pair> {
         if self.metrics.pairs() >= self.config.limits.pairs as u64 {
             self.refuse(stream, Status::Busy, Reason::Busy).await;
             return None;
         }
         let (watched, watcher) = oneshot::channel();
         let ours = Leg { stream, _watched: watched };
-        let alive = |leg: &Leg| !has_hung_up(&leg.stream);
+        let alive = |leg: &Leg| !has_hung_up(tcp_of(&leg.stream));
         match self.with_table(|table| table.offer(&ticket, ours, unix_now(), alive)) {
             Offered::Paired { ours, other, ticket: theirs } => {
                 let counted = Counted::new(&self.metrics.pairs);
@@ -279,7 +311,11 @@ impl Relay {
                 let mut legs = [ours.stream, other.stream];
                 for leg in &mut legs {
                     // The one byte always fits; a leg that is gone shows in forwarding.
-                    let _ = timeout(LINGER, leg.write_all(&[Status::Paired as u8])).await;
+                    let said = async {
+                        leg.write_all(&[Status::Paired as u8]).await?;
+                        leg.flush().await
+                    };
+                    let _ = timeout(LINGER, said).await;
                 }
                 let keys = [ticket.holder, ticket.peer];
                 Some(Pair { legs, keys, caps: caps(&ticket, &theirs), counted })
@@ -307,12 +343,12 @@ impl Relay {
     }
 
     /// Says why, and closes so that the byte arrives.
-    async fn refuse(&self, mut stream: TcpStream, status: Status, reason: Reason) {
+    async fn refuse(&self, mut stream: LegStream, status: Status, reason: Reason) {
         self.metrics.refused(reason);
         tracing::debug!(?reason, "leg refused");
         let farewell = async {
             stream.write_all(&[status as u8]).await?;
-            SockRef::from(&stream).shutdown(Shutdown::Write)?;
+            stream.shutdown().await?;
             let mut rest = [0; 512];
             let mut total = 0;
             while total < LINGER_BYTES {

@@ -63,6 +63,7 @@ impl Mediator {
             root: authority.certificate().clone(),
             key: std::sync::Arc::new(key),
             revoked: Default::default(),
+            proxies: Default::default(),
         };
         Self { listener, authority, identity }
     }
@@ -128,7 +129,17 @@ fn program(arguments: &[&str], dir: &Path) -> Command {
 }
 
 const LOCAL: &str = "127.0.0.1:0";
-const RUN: [&str; 7] = ["run", "--listen-relay", LOCAL, "--listen-udp", LOCAL, "--listen-diagnostics", LOCAL];
+const RUN: [&str; 9] = [
+    "run",
+    "--listen-relay",
+    LOCAL,
+    "--listen-udp",
+    LOCAL,
+    "--listen-https",
+    LOCAL,
+    "--listen-diagnostics",
+    LOCAL,
+];
 
 async fn http(address: &str, path: &str) -> String {
     let mut stream = TcpStream::connect(address).await.unwrap();

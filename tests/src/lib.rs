@@ -7,6 +7,7 @@
 //! | [`process`] | real programs inside a namespace: output, exit codes, `kill -9`, "a test that logs an ERROR fails" |
 //! | [`world`] | a lab with the real binaries in it: server, relays, an enrolled agent and technician |
 //! | [`traffic`] | what runs through a tunnel while something happens to it: transfers, ticks, a small HTTP server |
+//! | [`proxy`] | real HTTP proxies: squid and tinyproxy |
 //! | [`machine`] | a machine with a systemd of its own, for services and packages |
 //! | [`internet`] | connects machines: public addresses, names, customers' networks behind NAT |
 //! | [`desktop`] | a screen with a marker drawn for this run, and how to find it in a picture |
@@ -19,6 +20,7 @@ pub mod internet;
 pub mod lab;
 pub mod machine;
 pub mod process;
+pub mod proxy;
 pub mod traffic;
 pub mod world;
 

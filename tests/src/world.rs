@@ -11,8 +11,9 @@ use anyhow::{Context, ensure};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::lab::{Host, Lab, Topology};
+use crate::lab::{Host, Lab, NatKind, Topology};
 use crate::process::{Process, named};
+use crate::proxy::{self, ProxyKind, ProxyServer};
 use crate::{poll, within};
 
 /// How long a command may take that does no more than talk to the server, on a busy machine.
@@ -29,6 +30,8 @@ pub struct Setup {
     pub embedded_relay: bool,
     /// The agent's `--allow`: `HOST:PORT[/udp]`. Empty: the agent's own default.
     pub allow: Vec<String>,
+    /// The only way out of both sites.
+    pub proxy: Option<ProxyKind>,
 }
 
 /// `ADIT_LOG` of all programs of this test, see [`log`].
@@ -43,7 +46,14 @@ impl Setup {
     /// An embedded relay, and an agent that allows everything on its loopback, TCP and UDP.
     pub fn new(topology: Topology) -> Self {
         let allow = ["127.0.0.0/8:1-65535", "127.0.0.0/8:1-65535/udp"].map(str::to_owned).to_vec();
-        Self { topology, embedded_relay: true, allow }
+        Self { topology, embedded_relay: true, allow, proxy: None }
+    }
+
+    /// Agent and technician behind NATs through which nothing passes but connections to this proxy, which runs on
+    /// the stranger's host.
+    pub fn behind(proxy: ProxyKind) -> Self {
+        let topology = Topology::new(NatKind::Cone, NatKind::Cone).stranger();
+        Self { proxy: Some(proxy), ..Self::new(topology) }
     }
 
     /// The mediator embeds no relay.
@@ -69,6 +79,8 @@ pub struct World {
     pub relays: Vec<Process>,
     /// `adit agent`.
     pub agent: Process,
+    /// See [`Setup::behind`].
+    pub proxy: Option<ProxyServer>,
     setup: Setup,
     state: TempDir,
 }
@@ -79,6 +91,18 @@ impl World {
         let state = tempfile::Builder::new().prefix("adit-lab-").tempdir()?;
         let lab = Lab::up(&setup.topology).await?;
         let dir = |name: &str| state.path().join(name).to_string_lossy().into_owned();
+        let proxy = match setup.proxy {
+            Some(kind) => {
+                let host = lab.stranger.as_ref().context("a host for the proxy")?;
+                let proxy = ProxyServer::start(host, kind).await?;
+                for site in [&lab.agent, &lab.technician] {
+                    site.only_to(host.address, proxy::PORT)?;
+                    site.host.set_env("HTTPS_PROXY", &proxy.url);
+                }
+                Some(proxy)
+            }
+            None => None,
+        };
 
         let (server, address) = (&lab.server, lab.server.address.to_string());
         run(server, "adit-mediator", &["init", "--data", &dir("server"), "--host", &address]).await?;
@@ -107,7 +131,7 @@ impl World {
         run(&lab.technician.host, "adit", &enrol).await?;
 
         let agent = start_agent(&lab, &dir("agent"), &setup.allow)?;
-        let world = Self { lab, mediator, relays, agent, setup, state };
+        let world = Self { lab, mediator, relays, agent, proxy, setup, state };
         world.agent_online().await?;
         Ok(world)
     }

@@ -8,7 +8,9 @@ use clap::Args;
 use directories::ProjectDirs;
 
 use super::{CliError, Failed};
+use crate::config::Config;
 use crate::identity::Live;
+use crate::proxy::Proxies;
 
 /// The state directory.
 #[derive(Debug, Args)]
@@ -16,6 +18,10 @@ pub(super) struct Data {
     /// State directory [default: the platform's own, one each for agent and technician].
     #[arg(long = "data", env = "ADIT_DATA", value_name = "DIR", global = true)]
     dir: Option<PathBuf>,
+    /// The HTTP proxy on the way to the servers: http://[USER:PASSWORD@]HOST:PORT, or none. A password is better kept
+    /// in the environment or in config.toml [default: [network] proxy in config.toml, else HTTPS_PROXY].
+    #[arg(long, env = "ADIT_PROXY", value_name = "URL", global = true, hide_env_values = true)]
+    proxy: Option<String>,
 }
 
 impl Data {
@@ -29,10 +35,16 @@ impl Data {
         self.named().map_or_else(|| default_dir(role.as_str()), |dir| Ok(dir.to_owned()))
     }
 
+    /// The way out of this network for the device in `dir`.
+    pub(super) fn proxies(&self, dir: &Path) -> Result<Proxies, Failed> {
+        let config = Config::load(dir)?.network.proxy;
+        Ok(Proxies::choose(self.proxy.as_deref(), config.as_ref().map(|url| url.0.as_str()))?)
+    }
+
     /// The directory, and the identity in it, which must be of this role.
     pub(super) fn identity(&self, role: Role) -> Result<(PathBuf, Arc<Live>), Failed> {
         let dir = self.for_role(role)?;
-        let identity = Live::load(&dir)?;
+        let identity = Live::load_behind(&dir, self.proxies(&dir)?)?;
         let is = identity.get().role;
         if is != role {
             return Err(CliError::WrongRole { is, wanted: role }.into());

@@ -8,8 +8,8 @@ pub mod wire;
 use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
-use adit_protocol::PROTOCOL_VERSION;
 use adit_protocol::control::{Down, Hello, ToDevice, ToMediator, Up, Welcome};
+use adit_protocol::{CONTROL_PATH, PROTOCOL_VERSION};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::client::TlsStream;
@@ -23,13 +23,12 @@ use crate::dial::{self, DialError};
 use crate::exit::{Exit, Failure};
 use crate::identity::Identity;
 use crate::identity::verify::VerifyError;
+use crate::proxy::{Proxies, ProxyError};
 use crate::tls::{self, TlsError};
 
 /// What helps when something in between opens TLS.
 pub const INTERCEPTED: &str = "let its TLS through unopened: at a reverse proxy in front of the server by SNI passthrough, at a firewall \
     that inspects TLS by an exception for the server's name";
-/// Path of the WebSocket.
-pub const PATH: &str = "/control";
 /// How long WebSocket handshake and `Welcome` may take, each.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the last messages of a channel that is closed may take.
@@ -69,7 +68,7 @@ impl ControlChannel {
         let hello = Hello { revocations: identity.revoked.newest().number, ..hello };
         let mut last = ControlError::NoServer;
         for server in &identity.servers {
-            match Self::dial_one(server, config.clone(), hello.clone()).await {
+            match Self::dial_one(server, config.clone(), hello.clone(), &identity.proxies).await {
                 Ok(channel) => return Ok(channel),
                 Err(error) => last = error,
             }
@@ -116,9 +115,10 @@ impl ControlChannel {
         server: &str,
         config: Arc<rustls::ClientConfig>,
         hello: Hello,
+        proxies: &Proxies,
     ) -> Result<Self, ControlError> {
-        let stream =
-            dial::tls(server, config).await.map_err(|error| ControlError::from_dial(server, error))?;
+        let dialled = dial::tls(server, config, proxies).await;
+        let stream = dialled.map_err(|error| ControlError::from_dial(server, error))?;
         let timed_out = || ControlError::TimedOut { server: server.to_owned() };
         let socket = timeout(GREETING_TIMEOUT, upgrade(server, stream)).await.map_err(|_| timed_out())??;
         let (outgoing, incoming) = wire::pump(socket, Heartbeat::default());
@@ -141,7 +141,7 @@ async fn upgrade(
     server: &str,
     stream: TlsStream<TcpStream>,
 ) -> Result<WebSocketStream<TlsStream<TcpStream>>, ControlError> {
-    let request = format!("wss://{server}{PATH}");
+    let request = format!("wss://{server}{CONTROL_PATH}");
     match client_async_with_config(request, stream, Some(wire::websocket_config())).await {
         Ok((socket, _)) => Ok(socket),
         Err(WsError::Io(error)) => Err(ControlError::from_stream(server, error)),
@@ -165,6 +165,16 @@ pub enum ControlError {
         server: String,
         /// What the system said.
         why: String,
+    },
+    /// No way through the proxy.
+    #[error("the mediator at {server} cannot be reached: the proxy at {proxy} {error}")]
+    Proxy {
+        /// `HOST:PORT`.
+        server: String,
+        /// `HOST:PORT`.
+        proxy: String,
+        /// Why.
+        error: ProxyError,
     },
     /// No answer in time.
     #[error("the mediator at {server} did not answer in time")]
@@ -208,6 +218,7 @@ impl ControlError {
             DialError::Unreachable(error) => {
                 Self::Unreachable { server: server.to_owned(), why: error.to_string() }
             }
+            DialError::Proxy { proxy, error } => Self::Proxy { server: server.to_owned(), proxy, error },
             DialError::Foreign(why) => Self::Intercepted { server: server.to_owned(), why },
             DialError::Verify(error @ VerifyError::Intercepted { .. }) => {
                 Self::Intercepted { server: server.to_owned(), why: error.to_string() }
@@ -228,7 +239,10 @@ impl ControlError {
 impl Failure for ControlError {
     fn exit(&self) -> Exit {
         match self {
-            Self::Unreachable { .. } | Self::NoWelcome { .. } | Self::Intercepted { .. } => Exit::Unreachable,
+            Self::Unreachable { .. }
+            | Self::Proxy { .. }
+            | Self::NoWelcome { .. }
+            | Self::Intercepted { .. } => Exit::Unreachable,
             Self::TimedOut { .. } => Exit::TimedOut,
             Self::Refused(_) | Self::TurnedAway(_) => Exit::Refused,
             Self::NoServer => Exit::Usage,
@@ -241,6 +255,7 @@ impl Failure for ControlError {
             Self::Unreachable { .. } | Self::TimedOut { .. } => {
                 "check that the mediator runs and that no firewall blocks the way".into()
             }
+            Self::Proxy { error, .. } => error.remedy().into(),
             Self::NoWelcome { .. } => "check name and port; is a proxy in between?".into(),
             Self::Intercepted { .. } => INTERCEPTED.into(),
             Self::Refused(_) | Self::TurnedAway(_) => {

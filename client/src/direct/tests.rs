@@ -64,6 +64,7 @@ fn identity(authority: &Authority, device_id: DeviceId, role: Role) -> Arc<Live>
         root: authority.certificate().clone(),
         key: Arc::new(key),
         revoked: Arc::default(),
+        proxies: Default::default(),
     })
 }
 

@@ -13,6 +13,7 @@ use super::revocation::{InvalidList, Revocations};
 use super::store::{self, StoreError};
 use super::verify::{Expected, VerifyError, verify_device};
 use super::{Identity, Peer};
+use crate::proxy::Proxies;
 
 /// More addresses than a mediator has.
 const MAX_SERVERS: usize = 16;
@@ -33,7 +34,15 @@ impl Live {
     /// # Errors
     /// See [`store::load`].
     pub fn load(dir: &Path) -> Result<Arc<Self>, StoreError> {
-        let identity = RwLock::new(Arc::new(store::load(dir)?));
+        Self::load_behind(dir, Proxies::default())
+    }
+
+    /// The same in a network that is left through `proxies`.
+    ///
+    /// # Errors
+    /// See [`store::load`].
+    pub fn load_behind(dir: &Path, proxies: Proxies) -> Result<Arc<Self>, StoreError> {
+        let identity = RwLock::new(Arc::new(Identity { proxies, ..store::load(dir)? }));
         Ok(Arc::new(Self { dir: Some(dir.to_owned()), identity }))
     }
 
@@ -179,6 +188,7 @@ mod tests {
             root: authority.certificate().clone(),
             key: Arc::new(key),
             revoked: Arc::default(),
+            proxies: Default::default(),
         };
         store::save(dir, &identity).expect("saves");
         (authority, Live::load(dir).expect("loads"))

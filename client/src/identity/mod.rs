@@ -26,6 +26,8 @@ pub use certificate::Peer;
 pub use live::Live;
 use revocation::Revoked;
 
+use crate::proxy::Proxies;
+
 /// This device: what its certificate says, and the key that proves it.
 #[derive(Debug, Clone)]
 pub struct Identity {
@@ -51,6 +53,8 @@ pub struct Identity {
     pub key: Arc<DeviceKey>,
     /// Whom to refuse, whatever their certificates say. Clones of an identity share it.
     pub revoked: Arc<Revoked>,
+    /// The way out of this network: a setting of the process, not kept with the identity.
+    pub proxies: Proxies,
 }
 
 impl Identity {

@@ -70,6 +70,7 @@ pub fn load(dir: &Path) -> Result<Identity, StoreError> {
         root,
         key: Arc::new(key),
         revoked: Arc::new(Revoked::new(revoked)),
+        proxies: Default::default(),
     })
 }
 
@@ -365,6 +366,7 @@ mod tests {
             root: authority.certificate().clone(),
             key: Arc::new(key),
             revoked: Arc::default(),
+            proxies: Default::default(),
         }
     }
 

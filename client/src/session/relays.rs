@@ -43,6 +43,8 @@ struct Relay {
     id: Vec<u8>,
     ticket: Option<RelayTicket>,
     dialling: bool,
+    /// The way that is tried first: 8002, until something in between took a connection there and led nowhere.
+    first: CarrierKind,
 }
 
 enum Outcome {
@@ -51,6 +53,8 @@ enum Outcome {
     /// The ticket that was shown is of no use any more.
     Spent(String, String),
     Failed(String),
+    /// A connection of this kind came about, and nothing was heard on it.
+    Swallowed(CarrierKind, String),
     /// The carrier has ended.
     Ended,
 }
@@ -146,7 +150,7 @@ impl Relays {
     }
 
     fn running_carriers(&self) -> usize {
-        let live = |carrier: &CarrierInfo| carrier.kind == CarrierKind::Relay && !carrier.silent;
+        let live = |carrier: &CarrierInfo| carrier.kind.tier() == "relay" && !carrier.silent;
         self.dialler.tunnel.carriers().iter().filter(|carrier| live(carrier)).count()
     }
 
@@ -169,7 +173,8 @@ impl Relays {
             if let Some(ticket) = relay.ticket.clone() {
                 relay.dialling = true;
                 let dialler = self.dialler.clone();
-                self.tasks.spawn(async move { (index, dialler.dial(ticket).await) });
+                let first = relay.first;
+                self.tasks.spawn(async move { (index, dialler.dial(ticket, first).await) });
             }
         }
         if !self.all && self.relays.len() > 1 && self.running_carriers() == 0 {
@@ -188,9 +193,9 @@ impl Relays {
                 self.dial_at = None;
                 let tunnel = self.dialler.tunnel.clone();
                 self.tasks.spawn(async move {
-                    let stream = connection.get_ref().0.get_ref().stream();
-                    let (local, remote) = (stream.local_addr().ok(), stream.peer_addr().ok());
-                    byte_carrier::run(tunnel, CarrierKind::Relay, *connection, local, remote).await;
+                    let leg = connection.get_ref().0.get_ref();
+                    let (kind, (local, remote)) = (leg.kind(), leg.addresses());
+                    byte_carrier::run(tunnel, kind, *connection, local, remote).await;
                     (index, Outcome::Ended)
                 });
             }
@@ -202,6 +207,14 @@ impl Relays {
             Outcome::Failed(reason) => {
                 debug!(reason, "no relay leg");
                 relay.dialling = false;
+            }
+            Outcome::Swallowed(kind, reason) => {
+                debug!(reason, carrier = kind.as_str(), "a connection to a relay led nowhere");
+                relay.dialling = false;
+                relay.first = match kind {
+                    CarrierKind::Relay => CarrierKind::RelayHttps,
+                    _ => CarrierKind::Relay,
+                };
             }
         }
         if self.running_carriers() == 0 && !self.is_dialling() && !paired && !self.dialler.tunnel.is_closed()
@@ -220,7 +233,7 @@ impl Relays {
 
 impl Relay {
     fn new(ticket: RelayTicket) -> Self {
-        Self { id: ticket.relay.clone(), ticket: Some(ticket), dialling: false }
+        Self { id: ticket.relay.clone(), ticket: Some(ticket), dialling: false, first: CarrierKind::Relay }
     }
 
     /// The ticket that was `used` is gone; a fresher one that came meanwhile stays.
@@ -231,28 +244,49 @@ impl Relay {
 }
 
 impl Dialler {
-    async fn dial(&self, ticket: RelayTicket) -> Outcome {
-        match timeout(DIAL_TIMEOUT, self.connect(&ticket)).await {
-            Ok(Ok(connection)) => Outcome::Paired(Box::new(connection), ticket.ticket),
-            Ok(Err(outcome)) => outcome,
-            Err(_) => Outcome::Failed("timed out".to_owned()),
+    async fn dial(&self, ticket: RelayTicket, first: CarrierKind) -> Outcome {
+        let mut connected = None;
+        let failed = match timeout(DIAL_TIMEOUT, self.connect(&ticket, first, &mut connected)).await {
+            Ok(Ok(connection)) => return Outcome::Paired(Box::new(connection), ticket.ticket),
+            Ok(Err(Outcome::Failed(reason))) => reason,
+            Ok(Err(outcome)) => return outcome,
+            Err(_) => "timed out".to_owned(),
+        };
+        match connected {
+            Some(kind) => Outcome::Swallowed(kind, failed),
+            None => Outcome::Failed(failed),
         }
     }
 
-    async fn connect(&self, ticket: &RelayTicket) -> Result<CarrierStream<Leg>, Outcome> {
+    /// `connected`: a connection to the relay came about, and the relay has not said a word on it.
+    async fn connect(
+        &self,
+        ticket: &RelayTicket,
+        first: CarrierKind,
+        connected: &mut Option<CarrierKind>,
+    ) -> Result<CarrierStream<Leg>, Outcome> {
         let config = self.config.as_ref().map_err(|error| Outcome::Failed(error.clone()))?;
-        let leg = leg::dial(&self.identity, ticket).await.map_err(|e| Outcome::Failed(e.to_string()))?;
+        let leg =
+            leg::dial(&self.identity, ticket, first).await.map_err(|e| Outcome::Failed(e.to_string()))?;
+        *connected = Some(leg.kind());
         let connection = match config {
             Config::Technician(config) => tls::carrier_connect(config.clone(), leg).await,
             Config::Agent(config) => tls::carrier_accept(config.clone(), leg).await,
         };
-        let connection = connection.map_err(|error| match RelayRefused::of(&error) {
-            Some(RelayRefused::Known(
-                adit_protocol::leg::Status::NoPeer | adit_protocol::leg::Status::Busy,
-            ))
-            | None => Outcome::Failed(error.to_string()),
-            Some(refused) => Outcome::Spent(refused.to_string(), ticket.ticket.clone()),
+        let connection = connection.map_err(|error| {
+            let refused = RelayRefused::of(&error);
+            if refused.is_some() {
+                *connected = None;
+            }
+            match refused {
+                Some(RelayRefused::Known(
+                    adit_protocol::leg::Status::NoPeer | adit_protocol::leg::Status::Busy,
+                ))
+                | None => Outcome::Failed(error.to_string()),
+                Some(refused) => Outcome::Spent(refused.to_string(), ticket.ticket.clone()),
+            }
         })?;
+        *connected = None;
         if !super::is_called(connection.get_ref().1.peer_certificates(), self.called.as_deref()) {
             self.tunnel.close(super::OTHER_DEVICE);
             return Err(Outcome::Failed(super::OTHER_DEVICE.to_owned()));

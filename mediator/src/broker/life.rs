@@ -132,8 +132,8 @@ impl Broker {
     }
 
     /// The relay in this process is reached at these addresses from now on.
-    pub fn relay_moved(&self, id: DeviceId, addresses: Vec<String>) {
-        if self.relays.moved(id, addresses) {
+    pub fn relay_moved(&self, id: DeviceId, addresses: Vec<String>, https: Vec<String>) {
+        if self.relays.moved(id, addresses, https) {
             let sessions = self.sessions().ids();
             sessions.into_iter().for_each(|session| self.push_tickets(session));
         }

@@ -105,7 +105,14 @@ impl Server {
 }
 
 pub(crate) fn wanted(dir: PathBuf, name: &str) -> Enrolment {
-    Enrolment { dir, name: name.to_owned(), tags: vec![], hosts: vec![], replace: false }
+    Enrolment {
+        dir,
+        name: name.to_owned(),
+        tags: vec![],
+        hosts: vec![],
+        replace: false,
+        proxies: Default::default(),
+    }
 }
 
 /// Writes free ports into the configuration; gives the address of the UDP one.

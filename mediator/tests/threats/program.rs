@@ -154,7 +154,14 @@ impl Program {
     /// Enrols a new device.
     pub(crate) async fn enrol(&self, token: &EnrolmentToken, name: &str) -> Identity {
         let dir = self.devices.path().join(name);
-        let wanted = Enrolment { dir, name: name.into(), tags: vec![], hosts: vec![], replace: false };
+        let wanted = Enrolment {
+            dir,
+            name: name.into(),
+            tags: vec![],
+            hosts: vec![],
+            replace: false,
+            proxies: Default::default(),
+        };
         enrol(token, &wanted).await.unwrap()
     }
 }

@@ -245,6 +245,7 @@ pub(super) fn control() -> Vec<Vec<u8>> {
             relay: id(),
             addresses: vec!["192.0.2.1:8002".into()],
             ticket: sign(&a_ticket(Role::Agent)),
+            https: vec!["192.0.2.1:443".into()],
         }]
     };
     let ice = |ufrag: &str| Some(IceCredentials { ufrag: ufrag.into(), password: PASSWORD.into() });

@@ -21,7 +21,7 @@ mod site;
 
 use std::net::Ipv4Addr;
 use std::process::Command;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context;
 use patchbay::IpSupport;
@@ -163,12 +163,19 @@ pub struct Host {
     /// Its own address, behind its NAT if there is one.
     pub address: Ipv4Addr,
     device: patchbay::Device,
+    environment: Arc<Mutex<Vec<(&'static str, String)>>>,
 }
 
 impl Host {
     fn new(device: patchbay::Device) -> anyhow::Result<Self> {
         let address = device.ip().context("a device without an address")?;
-        Ok(Self { name: device.name().to_owned(), address, device })
+        Ok(Self { name: device.name().to_owned(), address, device, environment: Arc::default() })
+    }
+
+    /// Programs that start here from now on find this in their environment.
+    pub fn set_env(&self, name: &'static str, value: &str) {
+        let mut environment = self.environment.lock().unwrap_or_else(PoisonError::into_inner);
+        environment.push((name, value.to_owned()));
     }
 
     /// From now on this host ignores whoever connects to these TCP ports; no ports: it answers again.
@@ -189,7 +196,9 @@ impl Host {
     }
 
     /// Starts a program here. It is killed when the [`Process`] is dropped.
-    pub fn spawn(&self, command: Command) -> anyhow::Result<Process> {
+    pub fn spawn(&self, mut command: Command) -> anyhow::Result<Process> {
+        let environment = self.environment.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        command.envs(environment);
         Process::spawn(&self.name, command, |command| self.device.spawn_command(command))
     }
 

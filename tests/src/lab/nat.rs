@@ -19,11 +19,13 @@ pub enum NatKind {
     Symmetric,
     /// As [`NatKind::Cone`], and no UDP but DNS passes, in either direction.
     UdpBlocked,
+    /// As [`NatKind::Cone`], and nothing passes but DNS and TCP connections to port 443.
+    HttpsOnly,
 }
 
 impl NatKind {
     /// All kinds.
-    pub const ALL: [Self; 4] = [Self::None, Self::Cone, Self::Symmetric, Self::UdpBlocked];
+    pub const ALL: [Self; 5] = [Self::None, Self::Cone, Self::Symmetric, Self::UdpBlocked, Self::HttpsOnly];
 
     /// The rules of the router whose outer interface is `wan` with the address `address`, as one
     /// nftables transaction that replaces those of an earlier call. `boot` stands for everything
@@ -32,7 +34,7 @@ impl NatKind {
     pub(super) fn rules(self, wan: &str, address: Ipv4Addr, boot: u16) -> String {
         let mapping = match self {
             Self::None => return String::new(),
-            Self::Cone | Self::UdpBlocked => {
+            Self::Cone | Self::UdpBlocked | Self::HttpsOnly => {
                 let mask = boot & 0x3ff;
                 format!(
                     "oifname {wan} meta l4proto udp snat ip to {address} : udp sport ^ {mask}
@@ -72,6 +74,7 @@ impl fmt::Display for NatKind {
             Self::Cone => "cone",
             Self::Symmetric => "symmetric",
             Self::UdpBlocked => "udp-blocked",
+            Self::HttpsOnly => "https-only",
         })
     }
 }
@@ -79,9 +82,8 @@ impl fmt::Display for NatKind {
 impl FromStr for NatKind {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
-        Self::ALL
-            .into_iter()
-            .find(|kind| kind.to_string() == text)
-            .ok_or_else(|| format!("no such NAT: {text:?} (there are none, cone, symmetric, udp-blocked)"))
+        Self::ALL.into_iter().find(|kind| kind.to_string() == text).ok_or_else(|| {
+            format!("no such NAT: {text:?} (there are none, cone, symmetric, udp-blocked, https-only)")
+        })
     }
 }

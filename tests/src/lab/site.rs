@@ -74,8 +74,10 @@ impl Site {
         }
         site.boot()?;
         site.router.nft(COUNTERS)?;
-        if nat == NatKind::UdpBlocked {
-            site.block_udp()?;
+        match nat {
+            NatKind::UdpBlocked => site.block_udp()?,
+            NatKind::HttpsOnly => site.only_https()?,
+            NatKind::None | NatKind::Cone | NatKind::Symmetric => {}
         }
         Ok(site)
     }
@@ -107,6 +109,29 @@ impl Site {
     /// Ends [`Site::block_udp`], and what is special about [`NatKind::UdpBlocked`].
     pub fn unblock_udp(&self) -> anyhow::Result<()> {
         self.permit("adit_udp")
+    }
+
+    /// From now on nothing passes the router but DNS and TCP to and from port 443; nobody is told.
+    pub fn only_https(&self) -> anyhow::Result<()> {
+        self.forbid(
+            "adit_https",
+            "tcp dport 443 accept; tcp sport 443 accept; udp dport 53 accept; udp sport 53 accept; drop",
+        )
+    }
+
+    /// Ends [`Site::only_https`], and what is special about [`NatKind::HttpsOnly`].
+    pub fn not_only_https(&self) -> anyhow::Result<()> {
+        self.permit("adit_https")
+    }
+
+    /// From now on nothing passes the router but TCP to and from this port of this host: a proxy's.
+    pub fn only_to(&self, host: Ipv4Addr, port: u16) -> anyhow::Result<()> {
+        self.forbid(
+            "adit_proxy",
+            &format!(
+                "ip daddr {host} tcp dport {port} accept; ip saddr {host} tcp sport {port} accept; drop"
+            ),
+        )
     }
 
     /// From now on nothing passes the router, and nobody is told.
