@@ -32,8 +32,9 @@ use crate::websocket::{self, WebSocketBytes};
 /// Unsent bytes that the kernel may hold: more would stand in front of a keystroke, less would let a
 /// fast line run dry (TCP_NOTSENT_LOWAT).
 const NOTSENT: u32 = 128 * 1024;
-/// What one way has before the other is tried beside it: more than most round trips, less than anybody notices.
-const HEAD_START: Duration = Duration::from_millis(250);
+/// What one way has before the other is tried beside it. On a line with a longer round trip the second one is given up
+/// before its connection is there, so that no server sees anything of it.
+const HEAD_START: Duration = Duration::from_millis(50);
 /// How long the WebSocket's handshake may take.
 const UPGRADE: Duration = Duration::from_secs(5);
 

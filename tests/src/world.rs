@@ -98,6 +98,8 @@ impl World {
                 for site in [&lab.agent, &lab.technician] {
                     site.only_to(host.address, proxy::PORT)?;
                     site.host.set_env("HTTPS_PROXY", &proxy.url);
+                    // Other programs read it, too: the RDP client.
+                    site.host.set_env("NO_PROXY", "127.0.0.1,localhost");
                 }
                 Some(proxy)
             }

@@ -6,18 +6,31 @@ use std::time::Duration;
 
 use adit_tests::lab::{Host, Lab, NatKind, Topology};
 use adit_tests::lab_tests;
+use adit_tests::proxy::ProxyKind;
 use adit_tests::traffic::{HttpServer, sha256};
 use adit_tests::world::{Setup, World};
 use anyhow::{Context, ensure};
 
-lab_tests!(curl_gets_a_gibibyte_on_direct, curl_gets_a_gibibyte_on_the_relay, two_hundred_connections_at_once; as ordinary user: the_programs_do_it_without_adit);
+lab_tests!(curl_gets_a_gibibyte_on_direct, curl_gets_a_gibibyte_on_the_relay, curl_gets_a_gibibyte_where_only_443_is_open, curl_gets_a_gibibyte_behind_a_proxy, two_hundred_connections_at_once; as ordinary user: the_programs_do_it_without_adit);
 
 async fn curl_gets_a_gibibyte_on_direct() -> anyhow::Result<()> {
-    curl(NatKind::Cone, "direct").await
+    curl(setup(NatKind::Cone), "direct", "quic").await
 }
 
 async fn curl_gets_a_gibibyte_on_the_relay() -> anyhow::Result<()> {
-    curl(NatKind::UdpBlocked, "relay").await
+    curl(setup(NatKind::UdpBlocked), "relay", "relay").await
+}
+
+async fn curl_gets_a_gibibyte_where_only_443_is_open() -> anyhow::Result<()> {
+    curl(setup(NatKind::HttpsOnly), "relay", "relay-https").await
+}
+
+async fn curl_gets_a_gibibyte_behind_a_proxy() -> anyhow::Result<()> {
+    curl(Setup::behind(ProxyKind::SquidBasic), "relay", "relay-https").await
+}
+
+fn setup(nat: NatKind) -> Setup {
+    Setup::new(Topology::new(nat, nat))
 }
 
 async fn two_hundred_connections_at_once() -> anyhow::Result<()> {
@@ -36,12 +49,13 @@ async fn the_programs_do_it_without_adit() -> anyhow::Result<()> {
     load(&lab.technician.host, at).await
 }
 
-async fn curl(nat: NatKind, tier: &str) -> anyhow::Result<()> {
-    let world = World::up(Setup::new(Topology::new(nat, nat))).await?;
+async fn curl(setup: Setup, tier: &str, carrier: &str) -> anyhow::Result<()> {
+    let world = World::up(setup).await?;
     let web = HttpServer::start(&world.lab.agent.host).await?;
     let forward = world.forward(&[&format!("127.0.0.1:{}", web.port)]).await?;
-    forward.reaches(tier, Duration::from_secs(10)).await?;
-    fetch(&world.lab.technician.host, forward.local[0], 1 << 30, tier).await
+    let event = forward.reaches(tier, Duration::from_secs(10)).await?;
+    ensure!(event["carrier"] == carrier, "{event}");
+    fetch(&world.lab.technician.host, forward.local[0], 1 << 30, carrier).await
 }
 
 /// Gets `bytes` with curl and compares their SHA-256.

@@ -7,20 +7,33 @@ use adit_tests::desktop::{Desktop, Marker};
 use adit_tests::lab::{Host, Lab, NatKind, Topology};
 use adit_tests::lab_tests;
 use adit_tests::process::Process;
+use adit_tests::proxy::ProxyKind;
 use adit_tests::world::{PATIENCE, Setup, World};
 use anyhow::{bail, ensure};
 use tempfile::TempDir;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, interval};
 
-lab_tests!(a_screen_is_shown_on_direct, a_screen_is_shown_on_the_relay; as ordinary user: the_programs_do_it_without_adit);
+lab_tests!(a_screen_is_shown_on_direct, a_screen_is_shown_on_the_relay, a_screen_is_shown_where_only_443_is_open, a_screen_is_shown_behind_a_proxy; as ordinary user: the_programs_do_it_without_adit);
 
 async fn a_screen_is_shown_on_direct() -> anyhow::Result<()> {
-    through_a_tunnel(NatKind::Cone, "direct").await
+    through_a_tunnel(setup(NatKind::Cone), "direct", "quic").await
 }
 
 async fn a_screen_is_shown_on_the_relay() -> anyhow::Result<()> {
-    through_a_tunnel(NatKind::UdpBlocked, "relay").await
+    through_a_tunnel(setup(NatKind::UdpBlocked), "relay", "relay").await
+}
+
+async fn a_screen_is_shown_where_only_443_is_open() -> anyhow::Result<()> {
+    through_a_tunnel(setup(NatKind::HttpsOnly), "relay", "relay-https").await
+}
+
+async fn a_screen_is_shown_behind_a_proxy() -> anyhow::Result<()> {
+    through_a_tunnel(Setup::behind(ProxyKind::SquidBasic), "relay", "relay-https").await
+}
+
+fn setup(nat: NatKind) -> Setup {
+    Setup::new(Topology::new(nat, nat))
 }
 
 /// If this fails, the others say nothing about adit.
@@ -31,11 +44,12 @@ async fn the_programs_do_it_without_adit() -> anyhow::Result<()> {
     shows(&lab.technician.host, at, &service).await
 }
 
-async fn through_a_tunnel(nat: NatKind, tier: &str) -> anyhow::Result<()> {
-    let world = World::up(Setup::new(Topology::new(nat, nat))).await?;
+async fn through_a_tunnel(setup: Setup, tier: &str, carrier: &str) -> anyhow::Result<()> {
+    let world = World::up(setup).await?;
     let service = RdpServer::start(&world.lab.agent.host).await?;
     let forward = world.forward(&[&format!("127.0.0.1:{PORT}")]).await?;
-    forward.reaches(tier, Duration::from_secs(10)).await?;
+    let event = forward.reaches(tier, Duration::from_secs(10)).await?;
+    ensure!(event["carrier"] == carrier, "{event}");
     shows(&world.lab.technician.host, forward.local[0], &service).await?;
     ensure!(forward.tier().as_deref() == Some(tier));
     println!("the marker was found on {tier}");

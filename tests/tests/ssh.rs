@@ -7,32 +7,47 @@ use std::time::{Duration, Instant};
 use adit_tests::lab::{Host, Lab, NatKind, Topology};
 use adit_tests::lab_tests;
 use adit_tests::process::Process;
+use adit_tests::proxy::ProxyKind;
 use adit_tests::traffic::{Noise, sha256};
 use adit_tests::world::{AGENT, PATIENCE, Setup, World, binary};
 use anyhow::ensure;
 
-lab_tests!(scp_both_ways_on_direct, scp_both_ways_on_the_relay; as ordinary user: the_programs_do_it_without_adit);
+lab_tests!(scp_both_ways_on_direct, scp_both_ways_on_the_relay, scp_both_ways_where_only_443_is_open, scp_both_ways_behind_a_proxy; as ordinary user: the_programs_do_it_without_adit);
 
 const PORT: u16 = 2222;
 const BYTES: u64 = 200_000_000;
 
 async fn scp_both_ways_on_direct() -> anyhow::Result<()> {
-    through_a_tunnel(NatKind::Cone).await
+    through_a_tunnel(setup(NatKind::Cone), "quic").await
 }
 
 async fn scp_both_ways_on_the_relay() -> anyhow::Result<()> {
-    through_a_tunnel(NatKind::UdpBlocked).await
+    through_a_tunnel(setup(NatKind::UdpBlocked), "relay").await
 }
 
-async fn through_a_tunnel(nat: NatKind) -> anyhow::Result<()> {
+async fn scp_both_ways_where_only_443_is_open() -> anyhow::Result<()> {
+    through_a_tunnel(setup(NatKind::HttpsOnly), "relay-https").await
+}
+
+async fn scp_both_ways_behind_a_proxy() -> anyhow::Result<()> {
+    through_a_tunnel(Setup::behind(ProxyKind::SquidBasic), "relay-https").await
+}
+
+fn setup(nat: NatKind) -> Setup {
+    Setup::new(Topology::new(nat, nat))
+}
+
+async fn through_a_tunnel(setup: Setup, carrier: &str) -> anyhow::Result<()> {
     let target = format!("127.0.0.1:{PORT}");
-    let world = World::up(Setup::new(Topology::new(nat, nat)).allow(&[&target])).await?;
+    let world = World::up(setup.allow(&[&target])).await?;
     let server = SshServer::start(&world.lab.agent.host, world.scratch()).await?;
     let adit = binary("adit")?;
     let proxy =
         format!("ProxyCommand={} stdio {AGENT} {target} --data {}", adit.display(), world.data("technician"));
     server.try_out(&world.lab.technician.host, &["-o", &proxy], AGENT).await?;
-    println!("agent and technician {nat}: {:?}", world.lab.technician.traffic()?);
+    println!("{carrier}: {:?}", world.lab.technician.traffic()?);
+    let carriers = world.agent.events("tier");
+    ensure!(carriers.iter().any(|event| event["carrier"] == carrier), "{carriers:?}");
     Ok(())
 }
 

@@ -27,8 +27,8 @@ use crate::proxy::{Proxies, ProxyError};
 use crate::tls::{self, TlsError};
 
 /// What helps when something in between opens TLS.
-pub const INTERCEPTED: &str = "let its TLS through unopened: at a reverse proxy in front of the server by SNI passthrough, at a firewall \
-    that inspects TLS by an exception for the server's name";
+pub const INTERCEPTED: &str = "let its TLS through unopened: at a reverse proxy in front of the server by SNI passthrough, at a proxy or \
+    firewall that inspects TLS by an exception for the server's name";
 /// How long WebSocket handshake and `Welcome` may take, each.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the last messages of a channel that is closed may take.
