@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use adit_protocol::Target;
 use adit_protocol::control::{Answer, Grant, Tier, Up};
 use adit_protocol::frame::ResetCode;
+use adit_protocol::{Target, Wanted};
 use adit_tunnel::session::End;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -133,7 +133,7 @@ async fn take_offer(
     events: &mpsc::Sender<AgentEvent>,
 ) -> Option<(Tunnel, JoinHandle<()>)> {
     let id = offer.session.clone();
-    let granted: Vec<Target> = offer.targets.iter().filter_map(|target| target.parse().ok()).collect();
+    let granted: Vec<Wanted> = offer.targets.iter().filter_map(|target| target.parse().ok()).collect();
     let via: Via = offer.via.parse().unwrap_or_default();
     let opened = if running < MAX_SESSIONS {
         hub.open_session(End::Agent, offer, via, None).map_err(|error| error.to_string())
@@ -157,17 +157,23 @@ async fn take_offer(
 /// and so did not audit, is refused.
 async fn serve(
     mut session: OpenSession,
-    granted: Vec<Target>,
+    granted: Vec<Wanted>,
     allow: Arc<AllowList>,
     control: Control,
     events: mpsc::Sender<AgentEvent>,
 ) {
+    let granted = |to: &Target| {
+        let covers = |wanted: &Wanted| {
+            matches!(wanted, Wanted::Any) || matches!(wanted, Wanted::One(one) if one == to)
+        };
+        granted.iter().any(covers)
+    };
     while let Some(event) = session.events.recv().await {
         match event {
-            SessionEvent::Incoming(stream, to) if !granted.contains(&to) => {
+            SessionEvent::Incoming(stream, to) if !granted(&to) => {
                 stream.reset(ResetCode::NotAllowed);
             }
-            SessionEvent::IncomingFlow(flow, to) if !granted.contains(&to) => {
+            SessionEvent::IncomingFlow(flow, to) if !granted(&to) => {
                 flow.reset(ResetCode::NotAllowed);
             }
             SessionEvent::Incoming(stream, to) => {

@@ -6,7 +6,7 @@ use std::io::Write as _;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use adit_protocol::Target;
+use adit_protocol::Wanted;
 use serde_json::{Value, json};
 
 use crate::session::SessionEvent;
@@ -19,7 +19,7 @@ pub enum Event<'a> {
         /// The local address.
         local: SocketAddr,
         /// Where they go.
-        target: &'a Target,
+        target: &'a Wanted,
     },
     /// Agent: the allow list in force.
     Allowing {
@@ -132,6 +132,9 @@ fn to_json(event: &Event<'_>) -> Option<Value> {
 
 fn to_text(event: &Event<'_>) -> Option<String> {
     Some(match event {
+        Event::Listening { local, target: Wanted::Any } => {
+            format!("listening on {local} for SOCKS5 and HTTP CONNECT to everything that the agent allows")
+        }
         Event::Listening { local, target } => format!("listening on {local} for {target}"),
         Event::Allowing { entries: [] } => "allowing nothing".to_owned(),
         Event::Allowing { entries } => format!("allowing {}", entries.join(" ")),

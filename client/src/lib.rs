@@ -12,6 +12,7 @@ pub mod enrol;
 pub mod events;
 pub mod exit;
 pub mod forward;
+mod http_head;
 pub mod hub;
 pub mod identity;
 pub mod leg;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use adit_protocol::Target;
+use adit_protocol::Wanted;
 use adit_protocol::control::{AgentInfo, Down, List, Open, Refused, RefusedCode, Up};
 use adit_tunnel::session::End;
 
@@ -66,11 +66,11 @@ impl Technician {
     pub async fn open(
         &self,
         agent: &str,
-        targets: &[Target],
+        wanted: &[Wanted],
         via: Via,
     ) -> Result<OpenSession, TechnicianError> {
         let open = |request| {
-            let targets = targets.iter().map(Target::to_string).collect();
+            let targets = wanted.iter().map(Wanted::to_string).collect();
             Up::Open(Open { request, agent: agent.to_owned(), targets, via: via.as_str().to_owned() })
         };
         match self.hub.request(open).await? {

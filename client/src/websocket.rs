@@ -1,7 +1,7 @@
 //! A byte stream in binary WebSocket messages (RFC 6455). Where the messages are cut means nothing.
 //!
-//! There is no half-close: the end of either direction is a Close frame, after which the other end's bytes are still
-//! read until it closes, too.
+//! There is no half-close: a Close frame ends both directions (RFC 6455 section 5.5.1). What was sent before it
+//! arrives.
 
 use std::io;
 use std::pin::Pin;
@@ -122,21 +122,27 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for WebSocketBytes<S> {
         Pin::new(&mut self.socket).poll_flush(cx).map_err(into_io)
     }
 
-    /// Says that this end is done. It reads on.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if !self.closed {
-            ready!(self.send(cx, || Message::Close(None)))?;
+            over(ready!(self.send(cx, || Message::Close(None))))?;
             self.closed = true;
         }
-        self.poll_flush(cx)
+        Poll::Ready(over(ready!(self.poll_flush(cx))))
     }
+}
+
+/// That it is closed already is no failure to close it.
+fn over(closed: io::Result<()>) -> io::Result<()> {
+    closed.or_else(|error| if error.kind() == io::ErrorKind::BrokenPipe { Ok(()) } else { Err(error) })
 }
 
 /// Who ends the connection without a Close frame does what a lost one does.
 fn into_io(error: WsError) -> io::Error {
     match error {
         WsError::Io(error) => error,
-        WsError::ConnectionClosed | WsError::AlreadyClosed => io::ErrorKind::BrokenPipe.into(),
+        WsError::ConnectionClosed
+        | WsError::AlreadyClosed
+        | WsError::Protocol(ProtocolError::SendAfterClosing) => io::ErrorKind::BrokenPipe.into(),
         WsError::Protocol(ProtocolError::ResetWithoutClosingHandshake) => io::ErrorKind::UnexpectedEof.into(),
         error => io::Error::new(io::ErrorKind::InvalidData, error),
     }
@@ -156,14 +162,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn bytes_come_as_they_went_and_the_end_leaves_the_other_direction() {
+    async fn bytes_come_as_they_went_and_one_end_ends_both() {
         let (mut one, mut other) = ends().await;
-        let bytes: Vec<u8> = (0..500_000_u32).map(|n| (n * n >> 7) as u8).collect();
+        let bytes: Vec<u8> = (0..500_000_u32).map(|n| (n.wrapping_mul(n) >> 7) as u8).collect();
         let sending = async {
+            let mut back = [0; 5];
+            one.read_exact(&mut back).await.expect("reads");
             one.write_all(&bytes).await.expect("writes");
             one.shutdown().await.expect("closes");
-            let mut back = Vec::new();
-            one.read_to_end(&mut back).await.expect("reads");
+            assert_eq!(one.read(&mut [0; 10]).await.expect("the end"), 0);
             back
         };
         let receiving = async {
@@ -171,11 +178,13 @@ mod tests {
             other.flush().await.expect("flushes");
             let mut got = Vec::new();
             other.read_to_end(&mut got).await.expect("reads");
+            other.shutdown().await.expect("closes");
+            assert!(other.write(b"late").await.is_err());
             got
         };
         let (back, got) = tokio::join!(sending, receiving);
         assert!(got == bytes, "{} bytes", got.len());
-        assert_eq!(back, b"early");
+        assert_eq!(&back, b"early");
     }
 
     #[tokio::test]

@@ -206,8 +206,8 @@ pub struct Open {
     /// Name or device id of the agent.
     #[prost(string, tag = "2")]
     pub agent: String,
-    /// What the technician says it wants, for the audit: `HOST:PORT[/udp]` each. The agent's allow
-    /// list decides, on every stream.
+    /// What the technician wants: `HOST:PORT[/udp]` each, or `any` ([`crate::Wanted`]). The agent refuses everything
+    /// else, and its allow list decides, on every stream.
     #[prost(string, repeated, tag = "3")]
     pub targets: Vec<String>,
     /// Tiers that the technician wants: `auto` (or empty), `direct` or `relay`.

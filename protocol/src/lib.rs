@@ -24,7 +24,7 @@ pub mod token;
 pub mod varint;
 
 pub use id::{DeviceId, Role, SessionId};
-pub use target::{Protocol, Target};
+pub use target::{InvalidTarget, Protocol, Target, Wanted};
 
 /// Version of the control and tunnel protocols that this build speaks. Both sides say theirs.
 pub const PROTOCOL_VERSION: u32 = 1;

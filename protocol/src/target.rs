@@ -85,6 +85,34 @@ impl FromStr for Target {
     }
 }
 
+/// What a session is asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Wanted {
+    /// Every target that the agent allows, written `any`: for proxies, which learn later where to. An agent that does
+    /// not know the word takes it for no target.
+    Any,
+    /// This one.
+    One(Target),
+}
+
+impl fmt::Display for Wanted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Any => f.write_str(ANY),
+            Self::One(target) => target.fmt(f),
+        }
+    }
+}
+
+impl FromStr for Wanted {
+    type Err = InvalidTarget;
+    fn from_str(text: &str) -> Result<Self, InvalidTarget> {
+        if text == ANY { Ok(Self::Any) } else { text.parse().map(Self::One) }
+    }
+}
+
+const ANY: &str = "any";
+
 /// Not of the form `HOST:PORT[/udp]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("not a target: expected HOST:PORT or HOST:PORT/udp, IPv6 addresses in brackets")]
@@ -100,6 +128,17 @@ mod tests {
             assert_eq!(text.parse::<Target>().map(|t| t.to_string()), Ok(text.to_owned()));
         }
         assert_eq!("Web:80/tcp".parse::<Target>().map(|t| t.to_string()), Ok("web:80".to_owned()));
+    }
+
+    #[test]
+    fn any_is_a_word_of_its_own() {
+        for (text, wanted) in
+            [("any", Wanted::Any), ("any:1", Wanted::One("any:1".parse().expect("a target")))]
+        {
+            assert_eq!(text.parse(), Ok(wanted.clone()));
+            assert_eq!(wanted.to_string(), text);
+        }
+        assert_eq!("any".parse::<Target>(), Err(InvalidTarget));
     }
 
     #[test]

@@ -3,7 +3,9 @@
 use std::future::Future;
 use std::io;
 use std::net::IpAddr;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::task::{Poll, ready};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use adit_client::identity::revocation::Revocations;
@@ -215,30 +217,34 @@ impl Relay {
         }
     }
 
-    async fn forward(self: Arc<Self>, pair: Pair) {
+    /// Forwards until the pair ends. No `async fn`: that would have everything in memory twice, and many pairs are idle.
+    fn forward(self: Arc<Self>, pair: Pair) -> impl Future<Output = ()> {
         let Pair { legs, keys, caps, counted } = pair;
-        let revoked = Box::pin(until_revoked(self.revoked.subscribe(), keys));
+        let mut revoked = Box::pin(until_revoked(self.revoked.subscribe(), keys));
         let (pool, metrics) = (self.pool.clone(), self.metrics.clone());
-        drop(self);
-        let forward = match legs {
+        let mut forward = match legs {
             [Either::Left(one), Either::Left(other)] => {
                 Either::Left(Forward::new([one, other], caps, pool, metrics))
             }
             legs => Either::Right(Box::pin(copied::forward(legs, caps, metrics))),
         };
-        let end = tokio::select! {
-            end = forward => end,
-            () = revoked => End::Revoked,
-        };
-        match end {
-            End::Revoked => tracing::info!("pair cut: one of its devices was revoked"),
-            End::Finished => tracing::debug!("pair finished"),
-            End::Lost(error) => tracing::debug!(%error, "pair lost a leg"),
-            End::Silent => tracing::debug!("half-open pair was silent"),
-            End::ByteCap => tracing::info!("pair reached its byte limit"),
-            End::TimeCap => tracing::info!("pair reached its time limit"),
-        }
-        drop(counted);
+        std::future::poll_fn(move |cx| {
+            // Counted as long as it is here.
+            let _ = &counted;
+            let end = match revoked.as_mut().poll(cx) {
+                Poll::Ready(()) => End::Revoked,
+                Poll::Pending => ready!(Pin::new(&mut forward).poll(cx)),
+            };
+            match end {
+                End::Revoked => tracing::info!("pair cut: one of its devices was revoked"),
+                End::Finished => tracing::debug!("pair finished"),
+                End::Lost(error) => tracing::debug!(%error, "pair lost a leg"),
+                End::Silent => tracing::debug!("half-open pair was silent"),
+                End::ByteCap => tracing::info!("pair reached its byte limit"),
+                End::TimeCap => tracing::info!("pair reached its time limit"),
+            }
+            Poll::Ready(())
+        })
     }
 
     /// From a new connection to a pair; nothing when this connection does not become the second leg.

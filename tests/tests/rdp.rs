@@ -1,6 +1,7 @@
 //! RDP with a real server and a real client: the technician's screen shows what the agent's shows.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::Duration;
 
 use adit_tests::desktop::{Desktop, Marker};
@@ -8,13 +9,13 @@ use adit_tests::lab::{Host, Lab, NatKind, Topology};
 use adit_tests::lab_tests;
 use adit_tests::process::Process;
 use adit_tests::proxy::ProxyKind;
-use adit_tests::world::{PATIENCE, Setup, World};
+use adit_tests::world::{AGENT, PATIENCE, Setup, World, binary};
 use anyhow::{bail, ensure};
 use tempfile::TempDir;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, interval};
 
-lab_tests!(a_screen_is_shown_on_direct, a_screen_is_shown_on_the_relay, a_screen_is_shown_where_only_443_is_open, a_screen_is_shown_behind_a_proxy; as ordinary user: the_programs_do_it_without_adit);
+lab_tests!(a_screen_is_shown_on_direct, a_screen_is_shown_on_the_relay, a_screen_is_shown_where_only_443_is_open, a_screen_is_shown_behind_a_proxy, adit_rdp_starts_the_client; as ordinary user: the_programs_do_it_without_adit);
 
 async fn a_screen_is_shown_on_direct() -> anyhow::Result<()> {
     through_a_tunnel(setup(NatKind::Cone), "direct", "quic").await
@@ -30,6 +31,25 @@ async fn a_screen_is_shown_where_only_443_is_open() -> anyhow::Result<()> {
 
 async fn a_screen_is_shown_behind_a_proxy() -> anyhow::Result<()> {
     through_a_tunnel(Setup::behind(ProxyKind::SquidBasic), "relay", "relay-https").await
+}
+
+/// `adit rdp` with the client that it finds: here one that is already on the technician's desktop.
+async fn adit_rdp_starts_the_client() -> anyhow::Result<()> {
+    let world = World::up(setup(NatKind::Cone)).await?;
+    let service = RdpServer::start(&world.lab.agent.host).await?;
+    let scratch = tempfile::tempdir()?;
+    let desktop = Desktop::start(&world.lab.technician.host).await?;
+    let (adit, data, target) = (binary("adit")?, world.data("technician"), format!("127.0.0.1:{PORT}"));
+    let rdp = ["rdp", AGENT, &target, "--data", &data, "--json", "--"];
+    let client = ["/u:x", "/p:x", "/cert:ignore", "/sec:tls", "/size:800x600"];
+    let mut process =
+        desktop.spawn(&adit.to_string_lossy(), &[&rdp[..], &client].concat(), scratch.path())?;
+    see(&desktop, &mut process, &service, scratch.path()).await?;
+    let tiers = process.events("tier");
+    ensure!(tiers.iter().any(|event| event["tier"] == "direct"), "{tiers:?}");
+    process.interrupt()?;
+    process.finish(PATIENCE).await?.ok()?;
+    Ok(())
 }
 
 fn setup(nat: NatKind) -> Setup {
@@ -99,8 +119,19 @@ async fn shows(host: &Host, at: SocketAddr, server: &RdpServer) -> anyhow::Resul
     let to = format!("/v:{at}");
     let arguments = [&to, "/u:x", "/p:x", "/cert:ignore", "/sec:tls", "/size:800x600"];
     let mut client = desktop.spawn("xfreerdp", &arguments, scratch.path())?;
+    see(&desktop, &mut client, server, scratch.path()).await
+}
+
+/// Looks at the screen of `client` until the server's marker is there.
+async fn see(
+    desktop: &Desktop,
+    client: &mut Process,
+    server: &RdpServer,
+    scratch: &Path,
+) -> anyhow::Result<()> {
+    let marker = &server.marker;
     let (start, mut pace) = (Instant::now(), interval(Duration::from_millis(500)));
-    while !desktop.shows(marker, scratch.path()).await? {
+    while !desktop.shows(marker, scratch).await? {
         ensure!(client.is_running(), "the client gave up");
         if start.elapsed() > PATIENCE {
             bail!("the marker is not on the technician's screen");

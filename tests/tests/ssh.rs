@@ -12,7 +12,7 @@ use adit_tests::traffic::{Noise, sha256};
 use adit_tests::world::{AGENT, PATIENCE, Setup, World, binary};
 use anyhow::ensure;
 
-lab_tests!(scp_both_ways_on_direct, scp_both_ways_on_the_relay, scp_both_ways_where_only_443_is_open, scp_both_ways_behind_a_proxy; as ordinary user: the_programs_do_it_without_adit);
+lab_tests!(scp_both_ways_on_direct, scp_both_ways_on_the_relay, scp_both_ways_where_only_443_is_open, scp_both_ways_behind_a_proxy, adit_ssh_logs_in; as ordinary user: the_programs_do_it_without_adit);
 
 const PORT: u16 = 2222;
 const BYTES: u64 = 200_000_000;
@@ -31,6 +31,46 @@ async fn scp_both_ways_where_only_443_is_open() -> anyhow::Result<()> {
 
 async fn scp_both_ways_behind_a_proxy() -> anyhow::Result<()> {
     through_a_tunnel(Setup::behind(ProxyKind::SquidBasic), "relay-https").await
+}
+
+/// `adit ssh`: the agent's name is the host's, options and command are ssh's, and so is the exit code.
+async fn adit_ssh_logs_in() -> anyhow::Result<()> {
+    let target = format!("127.0.0.1:{PORT}");
+    let world = World::up(setup(NatKind::Cone).allow(&[&target])).await?;
+    let server = SshServer::start(&world.lab.agent.host, world.scratch()).await?;
+    let (data, at) = (world.data("technician"), server.dir.display().to_string());
+    let destination = format!("adit@{AGENT}");
+    let (identity, known) = (format!("IdentityFile={at}/user_key"), format!("UserKnownHostsFile={at}/known"));
+    let login = [
+        "ssh",
+        "--data",
+        &data,
+        "--target",
+        &target,
+        &destination,
+        "-F",
+        "/dev/null",
+        "-o",
+        &identity,
+        "-o",
+        &known,
+    ];
+    let options = ["-o", "StrictHostKeyChecking=accept-new", "-o", "BatchMode=yes"];
+    let ssh = async |command: &[&str]| {
+        let arguments = [&login[..], &options, command].concat();
+        world.technician(&arguments)?.finish(PATIENCE).await
+    };
+    let finished = ssh(&["echo 'two  words'; exit 7"]).await?;
+    ensure!((finished.code, finished.stdout.as_str()) == (7, "two  words"), "{finished:?}");
+    let known = std::fs::read_to_string(format!("{at}/known"))?;
+    ensure!(known.starts_with(&format!("{AGENT}/{target} ")), "{known}");
+    let unknown = world
+        .technician(&["ssh", "--data", &data, "nobody", "-o", "BatchMode=yes", "true"])?
+        .finish(PATIENCE)
+        .await?;
+    println!("{}", unknown.stderr);
+    ensure!(unknown.code == 255 && unknown.stderr.contains("no agent \"nobody\""), "{unknown:?}");
+    Ok(())
 }
 
 fn setup(nat: NatKind) -> Setup {

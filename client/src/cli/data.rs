@@ -1,5 +1,6 @@
 //! `--data`: where a device's state is.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -28,6 +29,16 @@ impl Data {
     /// The directory that was named.
     pub(super) fn named(&self) -> Option<&Path> {
         self.dir.as_deref().filter(|dir| !dir.as_os_str().is_empty())
+    }
+
+    /// The options with which another `adit` finds the same. The proxy goes by the environment: it may hold a password.
+    pub(super) fn repeated(&self) -> Vec<OsString> {
+        self.dir.iter().flat_map(|dir| ["--data".into(), dir.clone().into_os_string()]).collect()
+    }
+
+    /// `--proxy` as it was given.
+    pub(super) fn proxy(&self) -> Option<&str> {
+        self.proxy.as_deref()
     }
 
     /// The directory for a device of this role.

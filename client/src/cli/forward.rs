@@ -1,13 +1,14 @@
 //! `adit forward`.
 
-use adit_protocol::Target;
+use adit_protocol::Wanted;
 use clap::Args;
 use tokio::task::JoinSet;
 
+use super::launch::{self, Launch};
 use super::technician::SessionArgs;
 use super::{CliError, Failed, signals};
 use crate::events::{Event, Events};
-use crate::forward::{ForwardSpec, Listener};
+use crate::forward::{ForwardSpec, Listener, ProxySpec};
 use crate::session::SessionEvent;
 
 /// Make targets beside an agent reachable on local ports.
@@ -17,13 +18,17 @@ use crate::session::SessionEvent;
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
     adit forward office-pc -L 13389:127.0.0.1:3389          then: xfreerdp /v:127.0.0.1:13389\n  \
-    adit forward office-pc -L 0:intranet:80 -L 5353:10.0.0.53:53/udp")]
+    adit forward office-pc -L 0:intranet:80 -L 5353:10.0.0.53:53/udp\n  \
+    adit forward office-pc -D 1080                          then: curl -x socks5h://127.0.0.1:1080 http://intranet/")]
 pub(super) struct Forward {
     #[command(flatten)]
     session: SessionArgs,
     /// A local port and the target that it leads to, as seen from the agent. Can be given several times.
-    #[arg(short = 'L', value_name = "[BIND:]PORT:HOST:PORT[/udp]", required = true)]
+    #[arg(short = 'L', value_name = "[BIND:]PORT:HOST:PORT[/udp]", required_unless_present = "dynamic")]
     local: Vec<ForwardSpec>,
+    /// A local port for a proxy, SOCKS5 and HTTP CONNECT, to every target that the agent allows; it resolves the names.
+    #[arg(id = "dynamic", short = 'D', value_name = "[BIND:]PORT")]
+    dynamic: Vec<ProxySpec>,
     /// Events as JSON, one object a line.
     #[arg(long)]
     json: bool,
@@ -37,34 +42,55 @@ impl Forward {
         for spec in &self.local {
             listeners.push(Listener::bind(spec, &self.session.agent).await?);
         }
-        let targets: Vec<Target> = self.local.iter().map(|spec| spec.target.clone()).collect();
-        let mut connected = self.session.open("forward", &targets).await?;
-        let events = Events::new(self.json);
-        let mut serving = JoinSet::new();
-        for listener in listeners {
-            events.emit(&Event::Listening { local: listener.local(), target: listener.target() });
-            serving.spawn(listener.serve(connected.session.tunnel.clone()));
+        for ProxySpec(address) in &self.dynamic {
+            listeners.push(Listener::bind_proxy(*address, &self.session.agent).await?);
         }
-        let stop = signals::stop();
-        tokio::pin!(stop);
-        loop {
-            tokio::select! {
-                event = connected.next() => match event? {
-                    Some(event) => {
-                        events.emit(&Event::Session { whose: None, event: &event });
-                        if let SessionEvent::Closed { reason } = event {
-                            return Err(CliError::Ended(reason).into());
-                        }
-                    }
-                    None => return Err(CliError::Ended("its task has ended".to_owned()).into()),
-                },
-                () = &mut stop => break,
-            }
-        }
-        // Streams first, so that local connections see a reset and not an end of file.
-        serving.shutdown().await;
-        let closed = connected.close("closed by the technician").await;
-        events.emit(&Event::Session { whose: None, event: &closed });
-        Ok(())
+        serve(&self.session, "forward", listeners, self.json, Launch::Nothing).await
     }
+}
+
+/// Opens a session and serves `listeners` in it until Ctrl-C, until the session ends, or until the program that is
+/// launched when it is open has ended.
+pub(super) async fn serve(
+    session: &SessionArgs,
+    command: &'static str,
+    listeners: Vec<Listener>,
+    json: bool,
+    launch: Launch,
+) -> Result<(), Failed> {
+    let wanted: Vec<Wanted> = listeners.iter().map(|listener| listener.wanted().clone()).collect();
+    let mut connected = session.open(command, &wanted).await?;
+    let events = Events::new(json);
+    let mut serving = JoinSet::new();
+    for listener in listeners {
+        events.emit(&Event::Listening { local: listener.local(), target: listener.wanted() });
+        serving.spawn(listener.serve(connected.session.tunnel.clone()));
+    }
+    let (mut launch, mut program) = (Some(launch), None);
+    let stop = signals::stop();
+    tokio::pin!(stop);
+    loop {
+        tokio::select! {
+            event = connected.next() => match event? {
+                Some(event) => {
+                    events.emit(&Event::Session { whose: None, event: &event });
+                    match event {
+                        SessionEvent::Closed { reason } => return Err(CliError::Ended(reason).into()),
+                        SessionEvent::Tier { .. } => {
+                            program = program.or(launch.take().and_then(Launch::start));
+                        }
+                        _ => {}
+                    }
+                }
+                None => return Err(CliError::Ended("its task has ended".to_owned()).into()),
+            },
+            _ = launch::ended(&mut program) => break,
+            () = &mut stop => break,
+        }
+    }
+    // Streams first, so that local connections see a reset and not an end of file.
+    serving.shutdown().await;
+    let closed = connected.close("closed by the technician").await;
+    events.emit(&Event::Session { whose: None, event: &closed });
+    Ok(())
 }

@@ -4,10 +4,14 @@ mod agent;
 mod data;
 mod enroll;
 mod forward;
+mod http;
+mod launch;
 mod ls;
+mod rdp;
 #[cfg_attr(windows, path = "service_windows.rs")]
 mod service;
 mod signals;
+mod ssh;
 mod status;
 mod stdio;
 mod technician;
@@ -45,6 +49,9 @@ enum Command {
     Agent(agent::Agent),
     Ls(ls::Ls),
     Forward(forward::Forward),
+    Rdp(rdp::Rdp),
+    Ssh(ssh::Ssh),
+    Http(http::Http),
     Stdio(stdio::Stdio),
     Status(status::Status),
     Service(service::Service),
@@ -60,7 +67,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
     };
     match run(cli) {
-        Ok(()) => Exit::Done.into(),
+        Ok(code) => code,
         Err(Failed(failure)) => {
             // What failed may quote what others sent.
             for line in report(&*failure).lines() {
@@ -71,20 +78,24 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-fn run(cli: Cli) -> Result<(), Failed> {
+fn run(cli: Cli) -> Result<ExitCode, Failed> {
     start_log(cli.log.as_deref(), &cli.command)?;
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(CliError::Runtime)?;
     let done = runtime.block_on(async {
         match cli.command {
-            Command::Enroll(command) => command.run().await,
-            Command::Agent(command) => command.run().await,
-            Command::Ls(command) => command.run().await,
-            Command::Forward(command) => command.run().await,
-            Command::Stdio(command) => command.run().await,
-            Command::Status(command) => command.run().await,
-            Command::Service(command) => command.run(),
+            Command::Enroll(command) => command.run().await?,
+            Command::Agent(command) => command.run().await?,
+            Command::Ls(command) => command.run().await?,
+            Command::Forward(command) => command.run().await?,
+            Command::Rdp(command) => command.run().await?,
+            Command::Ssh(command) => return command.run().await,
+            Command::Http(command) => command.run().await?,
+            Command::Stdio(command) => command.run().await?,
+            Command::Status(command) => command.run().await?,
+            Command::Service(command) => command.run()?,
         }
+        Ok(Exit::Done.into())
     });
     // A thread that waits for a terminal, or for the resolver, holds up nobody.
     runtime.shutdown_background();
@@ -137,16 +148,20 @@ enum CliError {
     #[cfg(not(any(target_os = "linux", windows)))]
     #[error("this version cannot set up a service on this system")]
     NoService,
+    #[error("{name} does not start: {error}")]
+    Program { name: &'static str, error: std::io::Error },
+    #[error("a path or name with such characters cannot be passed to ssh")]
+    Unquotable,
     #[error("this version has no redirector")]
     NoRedirector,
-    #[error("`adit stdio` takes a TCP target, and {0} is UDP")]
-    UdpOnStdio(adit_protocol::Target),
+    #[error("this command takes a TCP target, and {0} is UDP")]
+    TcpOnly(adit_protocol::Target),
 }
 
 impl Failure for CliError {
     fn exit(&self) -> Exit {
         match self {
-            Self::Runtime(_) | Self::Ended(_) => Exit::Failed,
+            Self::Runtime(_) | Self::Ended(_) | Self::Program { .. } => Exit::Failed,
             Self::NotOpened { .. } => Exit::TimedOut,
             Self::Log(_)
             | Self::NoHome
@@ -154,7 +169,8 @@ impl Failure for CliError {
             | Self::TokenRole(_)
             | Self::TokenFile { .. }
             | Self::NoRedirector
-            | Self::UdpOnStdio(_) => Exit::Usage,
+            | Self::Unquotable
+            | Self::TcpOnly(_) => Exit::Usage,
             #[cfg(target_os = "linux")]
             Self::NoAgent { .. } => Exit::Usage,
             #[cfg(not(any(target_os = "linux", windows)))]
@@ -187,8 +203,10 @@ impl Failure for CliError {
             }
             #[cfg(not(any(target_os = "linux", windows)))]
             Self::NoService => "run `adit agent` by other means".to_owned(),
+            Self::Program { name, .. } => format!("install {name}, or see that it is in PATH"),
+            Self::Unquotable => "rename it, or use adit stdio as ssh's ProxyCommand".to_owned(),
             Self::NoRedirector => "use --via auto, direct or relay".to_owned(),
-            Self::UdpOnStdio(_) => "use adit forward for UDP".to_owned(),
+            Self::TcpOnly(_) => "use adit forward for UDP".to_owned(),
         })
     }
 }
@@ -220,6 +238,11 @@ mod tests {
             "adit ls --data D --json",
             "adit forward pc -L 127.0.0.1:0:127.0.0.1:3389 -L 5353:10.0.0.53:53/udp --data D --via relay --json",
             "adit stdio pc 127.0.0.1:22 --data D --via direct",
+            "adit forward pc -D 1080 -D [::1]:0 --data D --proxy http://a:b@p:3128",
+            "adit rdp pc --data D --via direct -- /u:anna",
+            "adit rdp pc 10.0.0.7:3389 --print",
+            "adit ssh --data D anna@pc -L 1:localhost:2 uptime",
+            "adit http pc 8080 --data D",
             "adit status --data D --json",
             "adit service status --data D",
             "adit service install --dry-run",

@@ -1,6 +1,6 @@
 //! `adit stdio`.
 
-use adit_protocol::{Protocol, Target};
+use adit_protocol::{Protocol, Target, Wanted};
 use clap::Args;
 
 use super::technician::SessionArgs;
@@ -27,9 +27,9 @@ pub(super) struct Stdio {
 impl Stdio {
     pub(super) async fn run(self) -> Result<(), Failed> {
         if self.target.protocol == Protocol::Udp {
-            return Err(CliError::UdpOnStdio(self.target).into());
+            return Err(CliError::TcpOnly(self.target).into());
         }
-        let mut connected = self.session.open("stdio", std::slice::from_ref(&self.target)).await?;
+        let mut connected = self.session.open("stdio", &[Wanted::One(self.target.clone())]).await?;
         let tunnel = connected.session.tunnel.clone();
         let mut over = None;
         let done = {

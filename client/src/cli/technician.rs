@@ -1,10 +1,11 @@
 //! What the technician's commands have in common.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use adit_protocol::{Role, Target};
+use adit_protocol::{Role, Wanted};
 use clap::Args;
 use clap::builder::PossibleValuesParser;
 use tokio::time::{Instant, sleep_until, timeout};
@@ -30,7 +31,7 @@ pub(super) struct SessionArgs {
     #[arg(value_name = "AGENT")]
     pub(super) agent: String,
     #[command(flatten)]
-    data: Data,
+    pub(super) data: Data,
     /// Which way: auto starts on the relay and moves to the direct path; direct and relay use that or nothing.
     #[arg(long, default_value = "auto", value_name = "TIER",
           value_parser = PossibleValuesParser::new(["auto", "direct", "relay", "redirector"]))]
@@ -59,12 +60,19 @@ impl SessionArgs {
         Ok((dir, identity, via))
     }
 
+    /// The options with which another `adit` does the same.
+    pub(super) fn repeated(&self) -> Vec<OsString> {
+        let mut words = self.data.repeated();
+        words.extend(["--via".into(), self.via.clone().into()]);
+        words
+    }
+
     /// Asks the mediator for a session, and starts it.
-    pub(super) async fn open(&self, command: &'static str, targets: &[Target]) -> Result<Connected, Failed> {
+    pub(super) async fn open(&self, command: &'static str, wanted: &[Wanted]) -> Result<Connected, Failed> {
         let (dir, identity, via) = self.check()?;
         let device = identity.get().name.clone();
         let technician = Technician::connect(identity).await?;
-        let session = technician.open(&self.agent, targets, via).await?;
+        let session = technician.open(&self.agent, wanted, via).await?;
         let info = SessionInfo {
             session: session.id,
             peer: session.peer_name.clone(),

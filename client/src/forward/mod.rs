@@ -1,6 +1,7 @@
-//! Local ports that lead through a tunnel: `-L [BIND:]PORT:HOST:PORT[/udp]`.
+//! Local ports that lead through a tunnel: `-L [BIND:]PORT:HOST:PORT[/udp]` to one target, `-D [BIND:]PORT` to all.
 
 mod complaint;
+mod dynamic;
 mod spec;
 mod tcp;
 mod udp;
@@ -8,13 +9,13 @@ mod udp;
 use std::io;
 use std::net::SocketAddr;
 
-use adit_protocol::{Protocol, Target};
+use adit_protocol::{Protocol, Wanted};
 use tokio::net::{TcpListener, UdpSocket};
 
 use crate::exit::{Exit, Failure};
 use crate::tunnel::Tunnel;
 
-pub use spec::{ForwardSpec, InvalidForward};
+pub use spec::{ForwardSpec, InvalidForward, ProxySpec};
 
 /// Ports that are tried after the preferred one before the system chooses.
 const TRIES: u16 = 16;
@@ -24,7 +25,7 @@ const TRIES: u16 = 16;
 pub struct Listener {
     socket: Socket,
     local: SocketAddr,
-    target: Target,
+    wanted: Wanted,
 }
 
 #[derive(Debug)]
@@ -40,17 +41,33 @@ impl Listener {
     /// # Errors
     /// [`BindError`].
     pub async fn bind(spec: &ForwardSpec, agent: &str) -> Result<Self, BindError> {
-        let candidates: Vec<u16> = match spec.port {
-            0 => spec::preferred_ports(agent, &spec.target).take(TRIES.into()).chain([0]).collect(),
+        Self::bind_at((spec.bind, spec.port).into(), Wanted::One(spec.target.clone()), agent).await
+    }
+
+    /// Binds `address` for a proxy to everything that the agent allows. Port 0 as with [`Listener::bind`].
+    ///
+    /// # Errors
+    /// [`BindError`].
+    pub async fn bind_proxy(address: SocketAddr, agent: &str) -> Result<Self, BindError> {
+        Self::bind_at(address, Wanted::Any, agent).await
+    }
+
+    async fn bind_at(address: SocketAddr, wanted: Wanted, agent: &str) -> Result<Self, BindError> {
+        let candidates: Vec<u16> = match address.port() {
+            0 => spec::preferred_ports(agent, &wanted).take(TRIES.into()).chain([0]).collect(),
             port => vec![port],
+        };
+        let protocol = match &wanted {
+            Wanted::One(target) => target.protocol,
+            Wanted::Any => Protocol::Tcp,
         };
         let mut last = None;
         for port in candidates {
-            let address = SocketAddr::new(spec.bind, port);
-            match Socket::bind(address, spec.target.protocol).await {
+            let address = SocketAddr::new(address.ip(), port);
+            match Socket::bind(address, protocol).await {
                 Ok(socket) => {
                     let local = socket.local_addr().map_err(|error| BindError { address, error })?;
-                    return Ok(Self { socket, local, target: spec.target.clone() });
+                    return Ok(Self { socket, local, wanted });
                 }
                 Err(error) => last = Some(BindError { address, error }),
             }
@@ -64,15 +81,18 @@ impl Listener {
     }
 
     /// Where connections and datagrams go.
-    pub fn target(&self) -> &Target {
-        &self.target
+    pub fn wanted(&self) -> &Wanted {
+        &self.wanted
     }
 
     /// Serves connections or datagrams until the session is over. Dropping the future ends them.
     pub async fn serve(self, tunnel: Tunnel) {
-        match self.socket {
-            Socket::Tcp(listener) => tcp::serve(listener, self.target, tunnel).await,
-            Socket::Udp(socket) => udp::serve(socket, self.target, tunnel).await,
+        match (self.socket, self.wanted) {
+            (Socket::Tcp(listener), Wanted::One(target)) => tcp::serve(listener, target, tunnel).await,
+            (Socket::Tcp(listener), Wanted::Any) => dynamic::serve(listener, tunnel).await,
+            (Socket::Udp(socket), Wanted::One(target)) => udp::serve(socket, target, tunnel).await,
+            // There is no proxy over UDP.
+            (Socket::Udp(_), Wanted::Any) => {}
         }
     }
 }

@@ -1,10 +1,10 @@
 //! `[BIND:]PORT:HOST:PORT[/udp]`, as with `ssh -L`.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::str::FromStr;
 
-use adit_protocol::Target;
+use adit_protocol::{Target, Wanted};
 
 /// Ports that are chosen for port 0: below the ephemeral ports of most systems.
 const FIRST_PORT: u16 = 20_000;
@@ -46,10 +46,27 @@ impl FromStr for ForwardSpec {
     }
 }
 
+/// `[BIND:]PORT`, as with `ssh -D`: where a local proxy listens. 127.0.0.1 unless written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ProxySpec(pub SocketAddr);
+
+impl FromStr for ProxySpec {
+    type Err = InvalidForward;
+    fn from_str(text: &str) -> Result<Self, InvalidForward> {
+        let (bind, port) = match split(text)?.as_slice() {
+            [port] => (Ipv4Addr::LOCALHOST.into(), *port),
+            [bind, port] => (parse_bind(bind)?, *port),
+            _ => return Err(InvalidForward::ProxyForm),
+        };
+        let port = port.parse().map_err(|_| InvalidForward::Port(port.to_owned()))?;
+        Ok(Self(SocketAddr::new(bind, port)))
+    }
+}
+
 /// The local ports for `agent` and `target` when none is asked for: always the same ones, the first one
 /// first.
-pub(super) fn preferred_ports(agent: &str, target: &Target) -> impl Iterator<Item = u16> {
-    let start = fnv1a(format!("{agent} {target}").as_bytes());
+pub(super) fn preferred_ports(agent: &str, wanted: &Wanted) -> impl Iterator<Item = u16> {
+    let start = fnv1a(format!("{agent} {wanted}").as_bytes());
     // A step that is prime to the number of ports visits all of them.
     (0..u64::from(PORTS))
         .map(move |step| FIRST_PORT + ((start % u64::from(PORTS) + step * 7919) % u64::from(PORTS)) as u16)
@@ -103,6 +120,9 @@ pub enum InvalidForward {
     /// Another number of parts, or brackets in a wrong place.
     #[error("expected [BIND:]PORT:HOST:PORT[/udp], IPv6 in brackets, for example 13389:127.0.0.1:3389")]
     Form,
+    /// The same of a proxy's local port.
+    #[error("expected [BIND:]PORT, IPv6 in brackets, for example 1080")]
+    ProxyForm,
     /// Not a local port.
     #[error("{0:?} is no local port: 0 to 65535, 0 chooses one")]
     Port(String),

@@ -25,21 +25,7 @@ pub(super) async fn serve(listener: TcpListener, target: Target, tunnel: Tunnel)
     let complaints = Arc::new(Complaints::default());
     let mut connections = JoinSet::new();
     loop {
-        let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
-            Some(_) = connections.join_next() => continue,
-        };
-        let tcp = match accepted {
-            Ok((tcp, _)) => tcp,
-            Err(error) => {
-                if !is_of_one_connection(&error) {
-                    warn!(%error, "cannot accept a connection");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                }
-                continue;
-            }
-        };
-        tune(&tcp);
+        let tcp = accept(&listener, &mut connections).await;
         let stream = match tunnel.open(&target).await {
             Ok(stream) => stream,
             Err(_) => {
@@ -51,7 +37,29 @@ pub(super) async fn serve(listener: TcpListener, target: Target, tunnel: Tunnel)
     }
 }
 
-async fn pass(tcp: TcpStream, stream: TunnelStream, target: Target, complaints: Arc<Complaints>) {
+/// The next connection. Meanwhile the tasks of earlier ones end.
+pub(super) async fn accept(listener: &TcpListener, connections: &mut JoinSet<()>) -> TcpStream {
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            Some(_) = connections.join_next() => continue,
+        };
+        match accepted {
+            Ok((tcp, _)) => {
+                tune(&tcp);
+                return tcp;
+            }
+            Err(error) if is_of_one_connection(&error) => {}
+            Err(error) => {
+                warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// Copies between a local connection and its stream, and says how that failed.
+pub(super) async fn pass(tcp: TcpStream, stream: TunnelStream, target: Target, complaints: Arc<Complaints>) {
     match copy(tcp, stream).await {
         // Closed by the application at the other end, or with the session: that is said elsewhere.
         Ok(())

@@ -6,17 +6,16 @@ use std::sync::PoisonError;
 use std::time::Duration;
 
 use http_auth::{PasswordClient, PasswordParams};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::Proxy;
 use crate::dial;
+use crate::http_head::read_head;
 
 /// How long a proxy may take for its answer: it connects to the server meanwhile.
 const ANSWER: Duration = Duration::from_secs(10);
-/// The longest head of an answer.
-const MAX_HEAD: usize = 16 * 1024;
 /// More header fields than any answer has.
 const MAX_FIELDS: usize = 64;
 /// Without a password, with one, and once more with one when the number that goes into it was too old.
@@ -86,30 +85,6 @@ async fn ask(stream: &mut TcpStream, server: &str, authorization: Option<&str>) 
     );
     stream.write_all(request.as_bytes()).await?;
     read_head(stream).await
-}
-
-/// Reads up to the empty line, and not a byte more: what follows comes from the server.
-async fn read_head(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
-    const END: &[u8] = b"\r\n\r\n";
-    let mut head = Vec::new();
-    let mut peeked = [0; 2048];
-    while head.len() < MAX_HEAD {
-        let count = stream.peek(&mut peeked).await?;
-        if count == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        let before = head.len();
-        head.extend_from_slice(&peeked[..count]);
-        let from = before.saturating_sub(END.len() - 1);
-        let end =
-            head[from..].windows(END.len()).position(|four| four == END).map(|at| from + at + END.len());
-        head.truncate(end.unwrap_or(head.len()));
-        stream.read_exact(&mut peeked[..head.len() - before]).await?;
-        if end.is_some() {
-            return Ok(head);
-        }
-    }
-    Err(io::Error::new(io::ErrorKind::InvalidData, "its answer is too long"))
 }
 
 struct Answer {
@@ -211,6 +186,8 @@ impl ProxyError {
 mod tests {
     use super::super::Proxies;
     use super::*;
+    use crate::http_head::MAX_HEAD;
+    use tokio::io::AsyncReadExt;
     use tokio::net::TcpListener;
 
     /// A proxy that answers so, one connection after the other; what it was asked.
@@ -279,7 +256,7 @@ mod tests {
             ("", &["HTTP/1.1 504 Gateway Timeout\r\n\r\n"], "504 Gateway Timeout"),
             ("", &["SSH-2.0-x\r\n\r\n"], "does not answer as a proxy"),
             ("", &[""], "ended the connection"),
-            ("", &[long.as_str()], "too long"),
+            ("", &[long.as_str()], "too long for the head"),
         ] {
             let (stream, _) = scripted(login, answers).await;
             let error = stream.expect_err(wanted);

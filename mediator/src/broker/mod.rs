@@ -20,7 +20,7 @@ use adit_client::identity::revocation::Revoked;
 use adit_protocol::control::{
     AgentInfo, Closed, Down, Grant, IceCredentials, Open, Reached, Refused, RefusedCode,
 };
-use adit_protocol::{DeviceId, Role, SessionId, Target};
+use adit_protocol::{DeviceId, Role, SessionId, Wanted};
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
@@ -154,7 +154,7 @@ impl Broker {
 
     async fn try_open(&self, channel: &Channel, open: &Open) -> Result<(), Denied> {
         let targets = &open.targets;
-        if targets.len() > MAX_TARGETS || targets.iter().any(|target| target.parse::<Target>().is_err()) {
+        if targets.len() > MAX_TARGETS || targets.iter().any(|target| target.parse::<Wanted>().is_err()) {
             return Err(Denied::new(RefusedCode::NotPermitted, "a target is not HOST:PORT[/udp]".into()));
         }
         if !["", "auto", "direct", "relay"].contains(&open.via.as_str()) {
