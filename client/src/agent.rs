@@ -8,7 +8,7 @@ use adit_protocol::{Target, Wanted};
 use adit_tunnel::session::End;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::allow::AllowList;
 use crate::control::maintain::{Control, State};
@@ -21,6 +21,15 @@ use crate::via::Via;
 
 /// Sessions at once: each may hold its budget of memory.
 const MAX_SESSIONS: usize = 64;
+
+/// What this agent's owner lets the organisation do.
+#[derive(Debug, Clone, Default)]
+pub struct Permits {
+    /// The targets that may be reached.
+    pub allow: Arc<AllowList>,
+    /// Whether the server may be an end of a session and read what passes.
+    pub redirector: bool,
+}
 
 /// What the owner of an agent hears.
 #[derive(Debug)]
@@ -38,6 +47,8 @@ pub enum AgentEvent {
         session: adit_protocol::SessionId,
         /// Name of the technician.
         peer: String,
+        /// Which tiers it may take.
+        via: Via,
         /// This end of the tunnel.
         tunnel: Tunnel,
     },
@@ -56,7 +67,7 @@ pub enum AgentEvent {
 /// completes it goes on until no session is open.
 pub async fn run(
     identity: Arc<Live>,
-    allow: Arc<AllowList>,
+    permits: Permits,
     events: mpsc::Sender<AgentEvent>,
     shutdown: impl Future<Output = ()>,
     retire: impl Future<Output = ()>,
@@ -81,7 +92,7 @@ pub async fn run(
                 {
                     sessions.remove(at).0.close("made room for a new session");
                 }
-                sessions.extend(take_offer(&hub, offer, sessions.len(), &allow, &events).await);
+                sessions.extend(take_offer(&hub, offer, sessions.len(), &permits, &events).await);
             }
             changed = state.changed() => {
                 if changed.is_err() {
@@ -129,13 +140,15 @@ async fn take_offer(
     hub: &Hub,
     offer: Grant,
     running: usize,
-    allow: &Arc<AllowList>,
+    permits: &Permits,
     events: &mpsc::Sender<AgentEvent>,
 ) -> Option<(Tunnel, JoinHandle<()>)> {
     let id = offer.session.clone();
     let granted: Vec<Wanted> = offer.targets.iter().filter_map(|target| target.parse().ok()).collect();
     let via: Via = offer.via.parse().unwrap_or_default();
-    let opened = if running < MAX_SESSIONS {
+    let opened = if via == Via::Redirector && !permits.redirector {
+        Err("it does not permit the redirector ([agent] redirector = true in its config.toml)".to_owned())
+    } else if running < MAX_SESSIONS {
         hub.open_session(End::Agent, offer, via, None).map_err(|error| error.to_string())
     } else {
         Err(format!("{running} sessions are open"))
@@ -144,12 +157,16 @@ async fn take_offer(
     let answer = Answer { session: id, accepted: opened.is_ok(), reason };
     let _ = hub.control().send(Up::Answer(answer)).await;
     let session = opened.ok()?;
-    info!(session = %session.id, technician = session.peer_name, "session opened");
+    if via == Via::Redirector {
+        warn!(session = %session.id, technician = session.peer_name, "session opened: the server can read what passes");
+    } else {
+        info!(session = %session.id, technician = session.peer_name, "session opened");
+    }
     let (tunnel, peer) = (session.tunnel.clone(), session.peer_name.clone());
-    let _ = events.send(AgentEvent::Opened { session: session.id, peer, tunnel: tunnel.clone() }).await;
+    let _ = events.send(AgentEvent::Opened { session: session.id, peer, via, tunnel: tunnel.clone() }).await;
     Some((
         tunnel,
-        tokio::spawn(serve(session, granted, allow.clone(), hub.control().clone(), events.clone())),
+        tokio::spawn(serve(session, granted, permits.allow.clone(), hub.control().clone(), events.clone())),
     ))
 }
 
@@ -184,10 +201,10 @@ async fn serve(
             }
             event => {
                 let over = matches!(event, SessionEvent::Closed { .. });
-                if let SessionEvent::Tier { carrier, reason, .. } = &event {
+                if let SessionEvent::Tier { tier, carrier, reason, .. } = &event {
                     let said = Tier {
                         session: session.id.as_bytes().to_vec(),
-                        tier: carrier.kind.tier().to_owned(),
+                        tier: (*tier).to_owned(),
                         carrier: carrier.kind.as_str().to_owned(),
                         reason: reason.clone(),
                     };

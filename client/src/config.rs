@@ -48,6 +48,8 @@ pub struct Agent {
     /// What technicians may reach from here; `None`: the default.
     #[serde(deserialize_with = "entries")]
     pub allow: Option<Vec<Entry>>,
+    /// Whether the server may be an end of a session to these targets, and read what passes.
+    pub redirector: bool,
 }
 
 impl Config {
@@ -81,6 +83,10 @@ pub fn template() -> String {
 # "NETWORK/BITS:PORTS[/udp]", for example "192.168.1.0/24:80,443,3389". Nothing else is reached, whatever
 # the operator grants.
 # allow = [{}]
+
+# Whether the server itself may open sessions to these targets, so that technicians need nothing installed. It can read
+# what passes then. The operator must permit it, too.
+# redirector = false
 
 [network]
 # The HTTP proxy on the way to the servers' port 443: "http://[USER:PASSWORD@]HOST:PORT", or "none". Without this,

@@ -106,9 +106,9 @@ fn to_json(event: &Event<'_>) -> Option<Value> {
         Event::Offline { reason } => json!({"event": "offline", "reason": printable(reason, MAX_REASON)}),
         Event::Session { whose, event } => {
             let mut value = match event {
-                SessionEvent::Tier { carrier, reason, since_start } => json!({
+                SessionEvent::Tier { tier, carrier, reason, since_start } => json!({
                     "event": "tier",
-                    "tier": carrier.kind.tier(),
+                    "tier": tier,
                     "carrier": carrier.kind.as_str(),
                     "local": carrier.local.map(|address| address.to_string()),
                     "remote": carrier.remote.map(|address| address.to_string()),
@@ -171,6 +171,7 @@ mod tests {
 
     fn tier() -> SessionEvent {
         SessionEvent::Tier {
+            tier: "direct",
             carrier: CarrierInfo {
                 kind: CarrierKind::Quic,
                 local: Some(([10, 0, 0, 1], 40_000).into()),

@@ -90,7 +90,7 @@ pub enum RequestError {
     #[error(transparent)]
     NotConnected(#[from] NotConnected),
     /// The mediator did not answer.
-    #[error("the mediator did not answer within {} s", ANSWER.as_secs())]
+    #[error("the mediator did not answer in time")]
     TimedOut,
 }
 
@@ -132,6 +132,18 @@ impl Hub {
     /// # Errors
     /// [`RequestError`].
     pub async fn request(&self, message: impl FnOnce(u64) -> Up) -> Result<Down, RequestError> {
+        self.request_within(ANSWER, message).await
+    }
+
+    /// The same where the mediator has to ask others.
+    ///
+    /// # Errors
+    /// [`RequestError`].
+    pub async fn request_within(
+        &self,
+        time: Duration,
+        message: impl FnOnce(u64) -> Up,
+    ) -> Result<Down, RequestError> {
         let number = self.next_request.fetch_add(1, Ordering::Relaxed);
         let (sender, receiver) = oneshot::channel();
         lock(&self.requests).insert(number, sender);
@@ -139,7 +151,7 @@ impl Hub {
             self.control.send(message(number)).await?;
             receiver.await.map_err(|_| NotConnected)
         };
-        let answer = tokio::time::timeout(ANSWER, answer).await;
+        let answer = tokio::time::timeout(time, answer).await;
         lock(&self.requests).remove(&number);
         Ok(answer.map_err(|_| RequestError::TimedOut)??)
     }
@@ -257,10 +269,11 @@ async fn read(
                 }
                 continue;
             }
-            // The channel's keeper has taken it.
-            Down::Welcome(_) | Down::Update(_) => continue,
+            // The channel's keeper has taken it; or it is for relays.
+            Down::Welcome(_) | Down::Update(_) | Down::Serve(_) => continue,
             Down::Agents(agents) => (agents.request, None),
             Down::Granted(grant) => (grant.request, None),
+            Down::Redirected(redirected) => (redirected.request, None),
             Down::Refused(refused) => (refused.request, None),
             Down::Closed(closed) => {
                 close(closed, &sessions);

@@ -1,10 +1,11 @@
 //! The technician's side: lists agents and opens sessions with them.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use adit_protocol::Wanted;
-use adit_protocol::control::{AgentInfo, Down, List, Open, Refused, RefusedCode, Up};
+use adit_protocol::control::{AgentInfo, Down, List, Open, Redirect, Redirected, Refused, RefusedCode, Up};
+use adit_protocol::{Target, Wanted};
 use adit_tunnel::session::End;
 
 use crate::control::maintain::State;
@@ -15,6 +16,9 @@ use crate::via::Via;
 
 /// How long the mediator may take to be reached: all of its addresses, each with its own deadline.
 const CONNECT: Duration = Duration::from_secs(15);
+
+/// How long a redirector may take until its port is open: the agent and the target have to answer.
+const REDIRECTED: Duration = Duration::from_secs(30);
 
 /// A technician's device with its control channel.
 pub struct Technician {
@@ -75,6 +79,30 @@ impl Technician {
         };
         match self.hub.request(open).await? {
             Down::Granted(grant) => Ok(self.hub.open_session(End::Technician, grant, via, Some(agent))?),
+            Down::Refused(refused) => Err(TechnicianError::refused(refused)),
+            _ => Err(TechnicianError::Gone),
+        }
+    }
+
+    /// Asks for a port on the server that leads to `target`, for `time`, for connections from `source` only; without one,
+    /// from where this channel comes. It is open when this returns.
+    ///
+    /// # Errors
+    /// [`TechnicianError`].
+    pub async fn redirect(
+        &self,
+        agent: &str,
+        target: &Target,
+        source: Option<IpAddr>,
+        time: Duration,
+    ) -> Result<Redirected, TechnicianError> {
+        let redirect = |request| {
+            let source = source.map_or(String::new(), |ip| ip.to_string());
+            let (agent, target) = (agent.to_owned(), target.to_string());
+            Up::Redirect(Redirect { request, agent, target, source, seconds: time.as_secs() })
+        };
+        match self.hub.request_within(REDIRECTED, redirect).await? {
+            Down::Redirected(redirected) => Ok(redirected),
             Down::Refused(refused) => Err(TechnicianError::refused(refused)),
             _ => Err(TechnicianError::Gone),
         }

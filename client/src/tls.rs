@@ -91,6 +91,16 @@ pub fn tunnel_server(identity: &Identity, technician: Option<DeviceId>) -> Resul
     server(identity, Expected { roles: vec![Role::Technician], device: technician }, ALPN_TUNNEL)
 }
 
+/// Carrier of a session through a redirector, agent's side: the other end must be that `redirector`, in a relay or in the
+/// mediator.
+///
+/// # Errors
+/// See [`control_client`].
+pub fn redirector_server(identity: &Identity, redirector: DeviceId) -> Result<ServerConfig, TlsError> {
+    let roles = vec![Role::Relay, Role::Mediator];
+    server(identity, Expected { roles, device: Some(redirector) }, ALPN_TUNNEL)
+}
+
 /// TLS handshake of a carrier over `stream`, technician's side. The deadline is the caller's.
 ///
 /// # Errors

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use adit_tunnel::session::CarrierKind;
+
 /// `--via`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Via {
@@ -13,6 +15,8 @@ pub enum Via {
     Direct,
     /// The relay only.
     Relay,
+    /// A session of which a redirector is the technician's end.
+    Redirector,
 }
 
 impl Via {
@@ -22,12 +26,18 @@ impl Via {
             Via::Auto => "auto",
             Via::Direct => "direct",
             Via::Relay => "relay",
+            Via::Redirector => "redirector",
         }
+    }
+
+    /// The tier that people are told of a session on this carrier.
+    pub fn tier(self, carrier: CarrierKind) -> &'static str {
+        if self == Via::Redirector { "redirector" } else { carrier.tier() }
     }
 
     /// Whether a direct path is sought.
     pub fn wants_direct(self) -> bool {
-        self != Via::Relay
+        !matches!(self, Via::Relay | Via::Redirector)
     }
 
     /// Whether a relay is dialled.
@@ -45,11 +55,14 @@ impl fmt::Display for Via {
 impl FromStr for Via {
     type Err = UnknownVia;
     fn from_str(text: &str) -> Result<Self, UnknownVia> {
-        [Via::Auto, Via::Direct, Via::Relay].into_iter().find(|via| via.as_str() == text).ok_or(UnknownVia)
+        [Via::Auto, Via::Direct, Via::Relay, Via::Redirector]
+            .into_iter()
+            .find(|via| via.as_str() == text)
+            .ok_or(UnknownVia)
     }
 }
 
 /// A tier that this version does not have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("expected auto, direct or relay")]
+#[error("expected auto, direct, relay or redirector")]
 pub struct UnknownVia;

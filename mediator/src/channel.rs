@@ -119,6 +119,8 @@ async fn converse(incoming: &mut Incoming<ToMediator>, channel: &Channel, broker
             Some(Up::RelayUp(up)) => relay_up(channel, broker, up).await,
             Some(Up::Probed(probed)) => broker.probed(device.id, probed),
             Some(Up::Tier(tier)) => broker.tier(device, tier).await,
+            Some(Up::Redirect(redirect)) => broker.redirect(channel, redirect),
+            Some(Up::Served(served)) => broker.served(device, served),
             // `Hello` comes once; the rest is of a later version.
             Some(Up::Hello(_)) | None => {}
         }
@@ -132,6 +134,7 @@ async fn relay_up(channel: &Channel, broker: &Broker, up: RelayUp) {
         addresses: up.addresses,
         stun: up.stun,
         https: up.https,
+        redirector: up.redirector,
         channel: Some(channel.id),
     };
     relay.keep_hosts(&channel.device.hosts);

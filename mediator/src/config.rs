@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use adit_client::identity::store::{self, Access};
+use adit_relay::config::{Ports, Redirector};
 use adit_relay::door::Crowd;
 use adit_relay::run::host_port;
 use serde::Deserialize;
@@ -70,14 +71,6 @@ pub struct P2p {
     pub many_socket_probing: bool,
 }
 
-/// Section `[redirector]`.
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Redirector {
-    /// TCP ports, one for each granted session, `FIRST-LAST`. Not in this version.
-    pub ports: String,
-}
-
 impl Config {
     /// Reads the file in `dir`.
     ///
@@ -111,9 +104,6 @@ impl Config {
         if !is_range(&self.p2p.ports) {
             return bad("[p2p] ports must be FIRST-LAST");
         }
-        if !is_range(&self.redirector.ports) {
-            return bad("[redirector] ports must be FIRST-LAST");
-        }
         Ok(())
     }
 }
@@ -123,7 +113,8 @@ pub fn template(hosts: &[String]) -> String {
     let hosts = hosts.iter().map(|host| format!("{host:?}")).collect::<Vec<_>>().join(", ");
     let Listen { udp, relay, https, diagnostics } = Listen::default();
     let P2p { ports, many_socket_probing } = P2p::default();
-    let redirector = Redirector::default().ports;
+    let redirector = Redirector::default().ports.unwrap_or(Ports(0..=0)).0;
+    let redirector = format!("{}-{}", redirector.start(), redirector.end());
     let Crowd { unauthenticated, per_source, .. } = Crowd::default();
     format!(
         r#"# Settings of this mediator, each with its default. A change takes effect at the next start.
@@ -157,7 +148,8 @@ ports = "{ports}"
 many_socket_probing = {many_socket_probing}
 
 [redirector]
-# TCP ports of the redirector, one for each granted session, FIRST-LAST. Not in this version.
+# TCP ports for technicians with nothing installed, one for each session that a grant with --redirector allows and the
+# agent permits, FIRST-LAST; "" turns it off. The server can read what passes there.
 ports = "{redirector}"
 
 [limits]
@@ -243,12 +235,6 @@ impl Default for Listen {
 impl Default for P2p {
     fn default() -> Self {
         Self { ports: "40000-41000".into(), many_socket_probing: true }
-    }
-}
-
-impl Default for Redirector {
-    fn default() -> Self {
-        Self { ports: "49152-65535".into() }
     }
 }
 

@@ -30,6 +30,8 @@ pub struct Relay {
     pub stun: String,
     /// `HOST:PORT` (TCP) each, by WebSocket over TLS.
     pub https: Vec<String>,
+    /// It has a redirector.
+    pub redirector: bool,
     /// Its control channel; `None`: embedded.
     pub channel: Option<ChannelId>,
 }
@@ -110,6 +112,18 @@ impl Relays {
         [*first].into_iter().chain(second.copied()).cloned().collect()
     }
 
+    /// This relay, if it is there.
+    pub fn get(&self, id: DeviceId) -> Option<Relay> {
+        let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        list.iter().find(|relay| relay.id == id).cloned()
+    }
+
+    /// A relay with a redirector, the embedded one first.
+    pub fn redirector(&self) -> Option<Relay> {
+        let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        list.iter().filter(|relay| relay.redirector).min_by_key(|relay| relay.channel.is_some()).cloned()
+    }
+
     /// `HOST:PORT` (TCP) of all relays.
     pub fn addresses(&self) -> Vec<String> {
         let list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
@@ -177,7 +191,15 @@ mod tests {
             let arrival = crate::presence::arrival(Role::Relay, id, 1);
             presence.channel(arrival, tokio::sync::mpsc::channel(1).0).id
         });
-        Relay { id: DeviceId([id; 16]), epoch, addresses, stun: String::new(), https: vec![], channel }
+        Relay {
+            id: DeviceId([id; 16]),
+            epoch,
+            addresses,
+            stun: String::new(),
+            https: vec![],
+            redirector: false,
+            channel,
+        }
     }
 
     #[test]

@@ -2,21 +2,26 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use adit_client::control::Control;
 use adit_client::dial::tune;
 use adit_client::enrol::read_message;
-use adit_client::identity::Peer;
+use adit_client::identity::{Identity, Live, Peer};
 use adit_client::service;
 use adit_client::tls;
+use adit_protocol::control::{ToDevice, Up};
 use adit_protocol::enrol::Request;
 use adit_protocol::{ALPN_CONTROL, ALPN_ENROL, CONTROL_PATH, DeviceId, RELAY_PATH};
+use adit_relay::config::Ports;
 use adit_relay::diagnostics::{self, Readiness};
 use adit_relay::door::{Crowd, Door};
 use adit_relay::listen::{self, ListenError, Setting};
 use adit_relay::penalty::Offence;
+use adit_relay::redirector::Redirector;
 use adit_relay::upgrade::Upgrade;
 use adit_relay::{Visit, https};
 use prometheus_client::registry::Registry;
@@ -24,7 +29,7 @@ use rustls::ServerConfig;
 use rustls::server::Acceptor;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::{LazyConfigAcceptor, TlsStream};
@@ -41,8 +46,9 @@ use crate::error::Error;
 use crate::https::{Certificates, Files};
 use crate::metrics;
 use crate::organisation::{AUDIT, DATABASE, Organisation};
+use crate::presence::{Arrival, Channel};
 use crate::relays::Relay;
-use crate::store::Store;
+use crate::store::{Device, Seen, Store};
 use crate::stun;
 
 /// From accepting a connection to its certificate or its whole request to enrol; and, for the mediator's own
@@ -51,6 +57,8 @@ const AUTHENTICATE: Duration = Duration::from_secs(5);
 /// For a refused device to read the alert and hang up.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 16 * 1024;
+/// Orders that the redirector in this process may have waiting.
+const ORDERS: usize = 64;
 /// Control channels at once.
 const MAX_CHANNELS: usize = 20_000;
 
@@ -90,6 +98,7 @@ pub struct Mediator {
     diagnostics: TcpListener,
     registry: Registry,
     relay: Option<(Arc<adit_relay::Relay>, TcpListener)>,
+    redirector: Option<Embedded>,
     admin: admin::Server,
     certificates: Arc<Certificates>,
     settings: Settings,
@@ -152,10 +161,19 @@ impl Mediator {
             let (addresses, https) =
                 (config.reached_at(config.listen.relay), config.reached_at(config.listen.https));
             let (epoch, stun) = (relay.epoch(), String::new());
-            broker.relay_up(Relay { id: *relay_id, epoch, addresses, stun, https, channel: None }).await;
+            let redirector = config.redirector.ports.is_some();
+            broker
+                .relay_up(Relay { id: *relay_id, epoch, addresses, stun, https, redirector, channel: None })
+                .await;
             Some((relay, listener))
         } else {
             None
+        };
+        let redirector = match (&relay, &config.redirector.ports) {
+            (Some((_, listener)), Some(Ports(ports))) => {
+                Some(Embedded::new(&broker, identity, ports.clone(), listener.local_addr()?, &mut registry)?)
+            }
+            _ => None,
         };
         let certificates = match (&config.https.cert, &config.https.key) {
             (Some(certificate), Some(key)) => {
@@ -189,7 +207,19 @@ impl Mediator {
             certificates: certificates.clone(),
         };
         let Sockets { https, udp, diagnostics, .. } = sockets;
-        Ok(Self { broker, doors, https, udp, diagnostics, registry, relay, admin, certificates, settings })
+        Ok(Self {
+            broker,
+            doors,
+            https,
+            udp,
+            diagnostics,
+            registry,
+            relay,
+            redirector,
+            admin,
+            certificates,
+            settings,
+        })
     }
 
     /// The broker, for what else runs in this process.
@@ -221,6 +251,9 @@ impl Mediator {
                 relay.serve(listener, stopped).await;
                 Ok(())
             });
+        }
+        if let Some(redirector) = self.redirector {
+            tasks.spawn(redirector.run(self.broker.clone()));
         }
         let broker = self.broker.clone();
         tasks.spawn(async move {
@@ -259,6 +292,60 @@ impl Mediator {
         self.broker.flush().await;
         self.broker.store.close().await;
         outcome
+    }
+}
+
+/// The redirector in this process: it talks with the broker as one elsewhere would.
+struct Embedded {
+    redirector: Arc<Redirector>,
+    channel: Channel,
+    orders: mpsc::Receiver<ToDevice>,
+    said: mpsc::Receiver<Up>,
+}
+
+impl Embedded {
+    fn new(
+        broker: &Broker,
+        identity: &Identity,
+        ports: RangeInclusive<u16>,
+        relay: SocketAddr,
+        registry: &mut Registry,
+    ) -> Result<Self, Error> {
+        let certificate = Peer::from_certificate(&identity.certificate)
+            .map_err(|error| Error::Io(std::io::Error::other(error)))?;
+        let device = Device {
+            id: identity.device_id,
+            role: identity.role,
+            name: identity.name.clone(),
+            tags: vec![],
+            hosts: vec![],
+            public_key: identity.public_key(),
+            certificate: identity.certificate.to_vec(),
+            enrolled: 0,
+            revoked: 0,
+            seen: Seen::default(),
+            cloned: 0,
+            grants: vec![],
+        };
+        let from = SocketAddr::from(([127, 0, 0, 1], 0));
+        let arrival = Arrival { device: Arc::new(device), certificate, from, instance: 0 };
+        let (outgoing, orders) = mpsc::channel(ORDERS);
+        let channel = broker.presence.channel(arrival, outgoing);
+        let (control, said) = Control::linked();
+        let redirector = Redirector::new(Live::new(identity.clone()), control, ports, relay);
+        redirector.register(registry);
+        Ok(Self { redirector, channel, orders, said })
+    }
+
+    async fn run(self, broker: Arc<Broker>) -> std::io::Result<()> {
+        let Self { redirector, channel, mut orders, said } = self;
+        let ordering = async {
+            while let Some(order) = orders.recv().await {
+                order.message.into_iter().for_each(|down| redirector.on(down));
+            }
+        };
+        tokio::join!(ordering, broker.embed_redirector(channel, said));
+        Ok(())
     }
 }
 

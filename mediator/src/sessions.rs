@@ -42,6 +42,15 @@ pub struct End {
     pub seen: Option<SocketAddr>,
 }
 
+/// The end of a session in a server, in the technician's place.
+#[derive(Debug, Clone)]
+pub struct Redirecting {
+    /// The relay's device, or the mediator's.
+    pub end: End,
+    /// The relay in the same process, through which it reaches the agent.
+    pub relay: DeviceId,
+}
+
 /// A session.
 #[derive(Debug, Clone)]
 pub struct Session {
@@ -51,6 +60,8 @@ pub struct Session {
     pub technician: End,
     /// The one that is reached.
     pub agent: End,
+    /// Who is the technician's end of the tunnel in its place, if that is not the technician itself.
+    pub redirector: Option<Redirecting>,
     /// Relays and boot epochs that both ends hold tickets for.
     pub granted: Vec<(DeviceId, u64)>,
     /// When those tickets were made.
@@ -72,6 +83,7 @@ impl Session {
             id,
             technician,
             agent,
+            redirector: None,
             granted: vec![],
             ticketed: now,
             wished: None,
@@ -81,18 +93,31 @@ impl Session {
         }
     }
 
-    /// The end that has this role.
+    /// The party that has this role. Of a tunnel's ends see [`Session::peer`].
     pub fn end(&self, role: Role) -> &End {
-        if role == Role::Agent { &self.agent } else { &self.technician }
+        match (role, &self.redirector) {
+            (Role::Agent, _) => &self.agent,
+            (Role::Relay | Role::Mediator, Some(redirector)) => &redirector.end,
+            _ => &self.technician,
+        }
     }
 
-    /// The other end.
+    /// The other end of the tunnel.
     pub fn other(&self, role: Role) -> &End {
-        if role == Role::Agent { &self.technician } else { &self.agent }
+        if role == Role::Agent { self.peer() } else { &self.agent }
+    }
+
+    /// The agent's other end of the tunnel: the technician, or the redirector in its place.
+    pub fn peer(&self) -> &End {
+        self.redirector.as_ref().map_or(&self.technician, |redirector| &redirector.end)
     }
 
     fn end_mut(&mut self, role: Role) -> &mut End {
-        if role == Role::Agent { &mut self.agent } else { &mut self.technician }
+        match (role, &mut self.redirector) {
+            (Role::Agent, _) => &mut self.agent,
+            (Role::Relay | Role::Mediator, Some(redirector)) => &mut redirector.end,
+            _ => &mut self.technician,
+        }
     }
 
     fn belongs_to(&self, device: DeviceId, role: Role) -> bool {
@@ -103,8 +128,8 @@ impl Session {
         self.end_mut(role).channel = Some(channel.clone());
         self.away = None;
         // What was seen of the other end may have been lost with the old channel.
-        let other = if role == Role::Agent { &mut self.technician } else { &mut self.agent };
-        other.seen = None;
+        let other = if role == Role::Agent { Role::Technician } else { Role::Agent };
+        self.end_mut(other).seen = None;
     }
 }
 
@@ -231,13 +256,13 @@ impl Sessions {
     /// A channel is gone: its sessions stay.
     pub fn detach(&mut self, channel: ChannelId, now: Instant) {
         for session in self.live.values_mut() {
-            for role in [Role::Technician, Role::Agent] {
+            for role in [Role::Technician, Role::Agent, Role::Relay] {
                 let end = session.end_mut(role);
                 if end.channel.as_ref().is_some_and(|own| own.id == channel) {
                     end.channel = None;
                 }
             }
-            if session.technician.channel.is_none() && session.agent.channel.is_none() {
+            if session.peer().channel.is_none() && session.agent.channel.is_none() {
                 session.away.get_or_insert(now);
             }
         }
@@ -302,7 +327,7 @@ impl Sessions {
     pub fn stale(&self, relays: &[(DeviceId, u64)], life: Duration, now: Instant) -> Vec<SessionId> {
         let stale = |session: &&Session| {
             now.duration_since(session.ticketed) >= life
-                || relays.iter().any(|relay| !session.granted.contains(relay))
+                || session.redirector.is_none() && relays.iter().any(|relay| !session.granted.contains(relay))
         };
         self.live.values().filter(stale).map(|session| session.id).collect()
     }
@@ -312,10 +337,23 @@ impl Sessions {
     pub fn forbid(
         &mut self,
         permits: impl Fn(DeviceId, DeviceId) -> bool,
+        redirects: impl Fn(DeviceId, DeviceId) -> bool,
     ) -> (Vec<Session>, Vec<(SessionId, Channel)>) {
-        let live = self.live.extract_if(|_, s| !permits(s.technician.device.id, s.agent.device.id));
+        let live = self.live.extract_if(|_, session| {
+            let (technician, agent) = (session.technician.device.id, session.agent.device.id);
+            !match session.redirector {
+                Some(_) => redirects(technician, agent),
+                None => permits(technician, agent),
+            }
+        });
         let claims = self.claims.extract_if(|_, claim| !claim.permitted(&permits));
         (live.map(|(_, session)| session).collect(), claims.map(|(id, claim)| (id, claim.channel)).collect())
+    }
+
+    /// Takes out the sessions whose end was in this relay's process, which is no more.
+    pub fn redirected_by(&mut self, relay: DeviceId) -> Vec<Session> {
+        let ours = |session: &Session| session.redirector.as_ref().is_some_and(|end| end.relay == relay);
+        self.live.extract_if(|_, session| ours(session)).map(|(_, session)| session).collect()
     }
 
     /// Forgets sessions whose ends have both been away for long, and old claims.
@@ -446,7 +484,7 @@ mod tests {
         for id in [1, 3] {
             sessions.insert(session(id, &channel(&presence, Role::Technician, id), &agent, now));
         }
-        let (ended, _) = sessions.forbid(|technician, _| technician == DeviceId([3; 16]));
+        let (ended, _) = sessions.forbid(|technician, _| technician == DeviceId([3; 16]), |_, _| false);
         assert_eq!(ended.iter().map(|session| session.id).collect::<Vec<_>>(), [SessionId([1; 16])]);
         assert_eq!(sessions.len(), 1);
     }
@@ -464,7 +502,7 @@ mod tests {
         let ids = |closed: &[(SessionId, Channel)]| closed.iter().map(|(id, _)| *id).collect::<Vec<_>>();
         assert_eq!(ids(&greeted.forbidden), [SessionId([8; 16])]);
         // With one who loses it before it comes back itself, then.
-        let (ended, claimants) = sessions.forbid(|_, _| false);
+        let (ended, claimants) = sessions.forbid(|_, _| false, |_, _| false);
         assert!(ended.is_empty());
         assert_eq!(ids(&claimants), [SessionId([7; 16])]);
         assert_eq!(claimants[0].1.id, agent.id);

@@ -18,7 +18,7 @@ use adit_client::identity::{Identity, Live, Peer};
 use adit_mediator::backup::{BackupError, Restored, Seal, Sealed, Unseal, restore, write};
 use adit_mediator::error::Error;
 use adit_mediator::organisation::Organisation;
-use adit_mediator::store::Store;
+use adit_mediator::store::{Reach, Store};
 use adit_protocol::Role;
 use adit_protocol::control::Down;
 use age::x25519;
@@ -88,7 +88,10 @@ async fn hammer(
         enrolled.push(server.enrol(&token, &name).await.expect("enrols"));
         for _ in 0..10 {
             let tags = ["customer=acme".to_owned()];
-            store.allow(technician.device_id, &tags, false, 1).await.expect("allows");
+            store
+                .allow(technician.device_id, &Reach { tags: &tags, all: false, redirector: false }, 1)
+                .await
+                .expect("allows");
         }
         done.send_replace(enrolled.len());
     }

@@ -245,8 +245,7 @@ async fn a_relay_that_comes_up_or_comes_back_brings_new_tickets() {
     assert_eq!(relay.ticket_key.map(|key| key.len()), Some(32));
     let relay_channel = dial(&relay).await;
     for epoch in [5, 6] {
-        let up =
-            RelayUp { epoch, addresses: vec!["192.0.2.9:8002".into()], stun: String::new(), https: vec![] };
+        let up = RelayUp { epoch, addresses: vec!["192.0.2.9:8002".into()], ..Default::default() };
         // The second time it says nothing new.
         relay_channel.send(Up::RelayUp(up.clone())).await.expect("sends");
         relay_channel.send(Up::RelayUp(up)).await.expect("sends");

@@ -13,7 +13,7 @@ pub const MAX_MESSAGE: usize = 1024 * 1024;
 #[derive(Clone, PartialEq, Message)]
 pub struct ToMediator {
     /// The message.
-    #[prost(oneof = "Up", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
+    #[prost(oneof = "Up", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
     pub message: Option<Up>,
 }
 
@@ -50,13 +50,19 @@ pub enum Up {
     /// Answer to `Probe`.
     #[prost(message, tag = "10")]
     Probed(Probed),
+    /// A technician asks for a port of a redirector.
+    #[prost(message, tag = "11")]
+    Redirect(Redirect),
+    /// Answer to `Serve`.
+    #[prost(message, tag = "12")]
+    Served(Served),
 }
 
 /// From the mediator to a device.
 #[derive(Clone, PartialEq, Message)]
 pub struct ToDevice {
     /// The message.
-    #[prost(oneof = "Down", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
+    #[prost(oneof = "Down", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13")]
     pub message: Option<Down>,
 }
 
@@ -96,6 +102,12 @@ pub enum Down {
     /// To an agent: can these servers be reached from there?
     #[prost(message, tag = "11")]
     Probe(Probe),
+    /// Answer to `Redirect`: granted, and the port is open.
+    #[prost(message, tag = "12")]
+    Redirected(Redirected),
+    /// To a redirector: to open a port for a session of which it is an end.
+    #[prost(message, tag = "13")]
+    Serve(Serve),
 }
 
 /// Version and software of a device.
@@ -210,7 +222,7 @@ pub struct Open {
     /// else, and its allow list decides, on every stream.
     #[prost(string, repeated, tag = "3")]
     pub targets: Vec<String>,
-    /// Tiers that the technician wants: `auto` (or empty), `direct` or `relay`.
+    /// Tiers that the technician wants: `auto` (or empty), `direct` or `relay`. (`redirector`: see [`Redirect`].)
     #[prost(string, tag = "4")]
     pub via: String,
 }
@@ -248,7 +260,7 @@ pub struct Grant {
     /// In an offer: what the technician says it wants.
     #[prost(string, repeated, tag = "10")]
     pub targets: Vec<String>,
-    /// From the request.
+    /// From the request; `redirector`: the other end is one, and the server can read what passes.
     #[prost(string, tag = "11")]
     pub via: String,
 }
@@ -361,6 +373,83 @@ pub struct RelayUp {
     /// As [`RelayTicket::https`].
     #[prost(string, repeated, tag = "4")]
     pub https: Vec<String>,
+    /// It has a redirector.
+    #[prost(bool, tag = "5")]
+    pub redirector: bool,
+}
+
+/// See [`Up::Redirect`].
+#[derive(Clone, PartialEq, Message)]
+pub struct Redirect {
+    /// Comes back in the answer.
+    #[prost(uint64, tag = "1")]
+    pub request: u64,
+    /// Name or device id of the agent.
+    #[prost(string, tag = "2")]
+    pub agent: String,
+    /// `HOST:PORT`, as seen from the agent.
+    #[prost(string, tag = "3")]
+    pub target: String,
+    /// IP address from which the port may be used. Empty: the one that the technician's channel comes from.
+    #[prost(string, tag = "4")]
+    pub source: String,
+    /// For how long, in seconds.
+    #[prost(uint64, tag = "5")]
+    pub seconds: u64,
+}
+
+/// See [`Down::Redirected`].
+#[derive(Clone, PartialEq, Message)]
+pub struct Redirected {
+    /// From the request.
+    #[prost(uint64, tag = "1")]
+    pub request: u64,
+    /// Session id.
+    #[prost(bytes = "vec", tag = "2")]
+    pub session: Vec<u8>,
+    /// `HOST:PORT` (TCP) of the port that is open now.
+    #[prost(string, tag = "3")]
+    pub address: String,
+    /// The IP address from which it may be used.
+    #[prost(string, tag = "4")]
+    pub source: String,
+    /// When it closes, in seconds since 1970-01-01 UTC.
+    #[prost(uint64, tag = "5")]
+    pub expires: u64,
+}
+
+/// See [`Down::Serve`].
+#[derive(Clone, PartialEq, Message)]
+pub struct Serve {
+    /// Comes back in the answer.
+    #[prost(uint64, tag = "1")]
+    pub request: u64,
+    /// As a technician gets it: the redirector is that end of the session.
+    #[prost(message, optional, tag = "2")]
+    pub grant: Option<Grant>,
+    /// `HOST:PORT`, as seen from the agent.
+    #[prost(string, tag = "3")]
+    pub target: String,
+    /// The IP address from which the port may be used.
+    #[prost(string, tag = "4")]
+    pub source: String,
+    /// For how long, in seconds.
+    #[prost(uint64, tag = "5")]
+    pub seconds: u64,
+}
+
+/// See [`Up::Served`].
+#[derive(Clone, PartialEq, Message)]
+pub struct Served {
+    /// From the request.
+    #[prost(uint64, tag = "1")]
+    pub request: u64,
+    /// The port; 0: there is none.
+    #[prost(uint32, tag = "2")]
+    pub port: u32,
+    /// Why there is none, for people.
+    #[prost(string, tag = "3")]
+    pub error: String,
 }
 
 /// See [`Up::Tier`].

@@ -3,7 +3,9 @@
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use adit_client::exit::{Exit, Failure};
 use adit_protocol::{DEFAULT_HTTPS_PORT, DEFAULT_RELAY_PORT};
@@ -22,8 +24,40 @@ pub struct ConfigFile {
     pub hosts: Vec<String>,
     /// See [`Listen`].
     pub listen: Listen,
+    /// See [`Redirector`].
+    pub redirector: Redirector,
     /// See [`Limits`].
     pub limits: Limits,
+}
+
+/// Section `[redirector]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Redirector {
+    /// TCP ports, one for each granted session.
+    #[serde(deserialize_with = "off_or_range")]
+    pub ports: Option<Ports>,
+}
+
+impl Default for Redirector {
+    fn default() -> Self {
+        Self { ports: Some(Ports(49_152..=65_535)) }
+    }
+}
+
+/// `FIRST-LAST`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ports(pub RangeInclusive<u16>);
+
+impl FromStr for Ports {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let range = text.split_once('-').and_then(|(first, last)| {
+            let (first, last): (u16, u16) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+            (first > 0 && first <= last).then_some(first..=last)
+        });
+        range.map(Self).ok_or_else(|| format!("{text:?} is no range of ports: expected FIRST-LAST"))
+    }
 }
 
 /// Where the relay listens.
@@ -95,6 +129,11 @@ hosts = [{}]
 # /metrics, /healthz and /readyz (HTTP without a password: keep it private); "" turns it off.
 # diagnostics = "127.0.0.1:9465"
 
+[redirector]
+# TCP ports for technicians with nothing installed, one for each session that the mediator grants and the agent permits.
+# The server can read what passes there; "" turns it off.
+# ports = "49152-65535"
+
 [limits]
 # Connections that have not shown a ticket yet; and the same of one source (an IPv6 source is a /64).
 # unauthenticated = {unauthenticated}
@@ -148,6 +187,12 @@ impl Failure for ConfigError {
             Self::Wrong { .. } => "correct that line, or put a # before it to have the default".into(),
         })
     }
+}
+
+/// A range of ports, or `""` for off.
+fn off_or_range<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Ports>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    if text.is_empty() { Ok(None) } else { text.parse().map(Some).map_err(serde::de::Error::custom) }
 }
 
 /// An address, or `""` for off.

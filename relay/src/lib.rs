@@ -13,6 +13,7 @@
 //! | [`https`] | the port on which legs come by WebSocket |
 //! | [`upgrade`] | the request with which a WebSocket begins |
 //! | `pool`, `pipe` | pipes and buffers, lent while bytes are on the way |
+//! | [`redirector`] | ports that lead to agents for technicians with nothing installed |
 //! | [`metrics`], [`diagnostics`] | what is counted, and the HTTP server that shows it |
 //! | [`listen`], `holder`, [`stun`] | a server's sockets; who has a port that is taken; its STUN server |
 //! | [`config`], [`cli`], [`run`], `install` | the program around it: file, command line, control channel, service |
@@ -40,6 +41,7 @@ mod pipe;
 #[cfg(not(target_os = "linux"))]
 mod pipe_none;
 mod pool;
+pub mod redirector;
 pub mod run;
 pub mod server;
 pub mod stun;

@@ -34,12 +34,18 @@ pub struct Setting<'a> {
 /// # Errors
 /// [`ListenError`].
 pub fn tcp(setting: Setting<'_>, address: SocketAddr) -> Result<TcpListener, ListenError> {
-    bind(Type::STREAM, address)
-        .and_then(|socket| {
-            socket.listen(BACKLOG)?;
-            TcpListener::from_std(socket.into())
-        })
-        .map_err(|error| ListenError::new(setting, Type::STREAM, address, error))
+    try_tcp(address).map_err(|error| ListenError::new(setting, Type::STREAM, address, error))
+}
+
+/// Listens on this TCP address if it is free; for somebody who has others to try.
+///
+/// # Errors
+/// The system's.
+pub fn try_tcp(address: SocketAddr) -> io::Result<TcpListener> {
+    bind(Type::STREAM, address).and_then(|socket| {
+        socket.listen(BACKLOG)?;
+        TcpListener::from_std(socket.into())
+    })
 }
 
 /// The same for UDP.

@@ -14,14 +14,15 @@ use adit_protocol::Role;
 use adit_protocol::control::{Down, RelayUp, Up};
 use prometheus_client::registry::Registry;
 use tokio::net::{TcpListener, UdpSocket};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tracing::{error, info, warn};
 
-use crate::config::{self, ConfigError, ConfigFile, Listen};
+use crate::config::{self, ConfigError, ConfigFile, Listen, Ports};
 use crate::diagnostics::{self, Readiness};
 use crate::https;
 use crate::listen::{self, ListenError, Setting};
+use crate::redirector::Redirector;
 use crate::server::{Config, Relay};
 use crate::stun;
 
@@ -107,12 +108,21 @@ pub async fn run(dir: &Path, overrides: Overrides) -> Result<(), RunError> {
         let port = listener.local_addr()?.port();
         https_addresses.extend(hosts.iter().map(|host| host_port(host, port)));
     }
+    let (control, messages) = maintain(live.clone(), || hello(Vec::new()));
+    let redirector = config.redirector.ports.map(|Ports(ports)| {
+        let at = sockets.relay.local_addr()?;
+        io::Result::Ok(Redirector::new(live.clone(), control.clone(), ports, at))
+    });
+    let redirector = redirector.transpose()?;
     let relay = Relay::new(Config { limits: config.limits, ..Config::new(identity.device_id) });
     let readiness = Readiness::new();
     if let Some(listener) = sockets.diagnostics {
         info!(address = %listener.local_addr()?, "diagnostics");
         let mut registry = Registry::default();
         relay.register(&mut registry);
+        if let Some(redirector) = &redirector {
+            redirector.register(&mut registry);
+        }
         let serving = diagnostics::serve(listener, Arc::new(registry), readiness.clone(), until_stopped());
         tasks.spawn(async {
             if let Err(error) = serving.await {
@@ -130,8 +140,10 @@ pub async fn run(dir: &Path, overrides: Overrides) -> Result<(), RunError> {
         addresses: hosts.iter().map(|host| host_port(host, relay_port)).collect(),
         stun: stun_address,
         https: https_addresses,
+        redirector: redirector.is_some(),
     };
-    tasks.spawn(register(live, relay, announcement, readiness));
+    let registering = Registering { live, relay, redirector, announcement, readiness };
+    tasks.spawn(registering.run(control, messages));
     // Not only when the mediator has taken it: pairs of a relay that starts again go on without one.
     service::ready();
 
@@ -142,48 +154,66 @@ pub async fn run(dir: &Path, overrides: Overrides) -> Result<(), RunError> {
     Ok(())
 }
 
-/// Stays registered with the mediator for ever. While there is none, pairs go on.
-async fn register(live: Arc<Live>, relay: Arc<Relay>, announcement: RelayUp, readiness: Readiness) {
-    let identity = live.get();
-    if let Some(key) = identity.ticket_key {
-        relay.set_ticket_key(key);
-    }
-    relay.set_revoked(identity.revoked.newest());
-    let (control, mut messages) = maintain(live.clone(), || hello(Vec::new()));
-    let mut state = control.state();
-    loop {
-        let registered = match &*state.borrow_and_update() {
-            State::Connected(welcome) => {
-                match <[u8; 32]>::try_from(welcome.ticket_key.as_slice()) {
-                    Ok(key) => relay.set_ticket_key(key),
-                    Err(_) => {
-                        warn!("the mediator's welcome has no ticket key; the one of the enrolment stays")
-                    }
-                }
-                true
-            }
-            State::Disconnected { reason, exit: Exit::Refused, .. } => {
-                error!(reason, "the mediator does not accept this relay; enrol it again with a new token");
-                false
-            }
-            State::Connecting | State::Disconnected { .. } => false,
-        };
-        let registered = registered && announce(&control, &announcement).await;
-        if registered && !readiness.is_ready() {
-            info!("registered with the mediator");
+/// What the relay's control channel is for.
+struct Registering {
+    live: Arc<Live>,
+    relay: Arc<Relay>,
+    redirector: Option<Arc<Redirector>>,
+    announcement: RelayUp,
+    readiness: Readiness,
+}
+
+impl Registering {
+    /// Stays registered with the mediator for ever. While there is none, pairs go on.
+    async fn run(self, control: Control, mut messages: mpsc::Receiver<Down>) {
+        let Self { live, relay, redirector, announcement, readiness } = self;
+        let identity = live.get();
+        if let Some(key) = identity.ticket_key {
+            relay.set_ticket_key(key);
         }
-        readiness.set(registered);
+        relay.set_revoked(identity.revoked.newest());
+        let mut state = control.state();
         loop {
-            tokio::select! {
-                changed = state.changed() => match changed {
-                    Ok(()) => break,
-                    Err(_) => return,
-                },
-                message = messages.recv() => match message {
-                    Some(Down::Revocations(_)) => relay.set_revoked(live.get().revoked.newest()),
-                    Some(_) => {}
-                    None => return,
-                },
+            let registered = match &*state.borrow_and_update() {
+                State::Connected(welcome) => {
+                    match <[u8; 32]>::try_from(welcome.ticket_key.as_slice()) {
+                        Ok(key) => relay.set_ticket_key(key),
+                        Err(_) => {
+                            warn!("the mediator's welcome has no ticket key; the one of the enrolment stays")
+                        }
+                    }
+                    true
+                }
+                State::Disconnected { reason, exit: Exit::Refused, .. } => {
+                    error!(
+                        reason,
+                        "the mediator does not accept this relay; enrol it again with a new token"
+                    );
+                    false
+                }
+                State::Connecting | State::Disconnected { .. } => false,
+            };
+            let registered = registered && announce(&control, &announcement).await;
+            if registered && !readiness.is_ready() {
+                info!("registered with the mediator");
+            }
+            readiness.set(registered);
+            loop {
+                tokio::select! {
+                    changed = state.changed() => match changed {
+                        Ok(()) => break,
+                        Err(_) => return,
+                    },
+                    message = messages.recv() => match message {
+                        Some(Down::Revocations(_)) => {
+                            let newest = live.get().revoked.newest();
+                            redirector.iter().for_each(|redirector| redirector.on_revoked(&newest));
+                            relay.set_revoked(newest);
+                        }
+                        Some(down) => redirector.iter().for_each(|redirector| redirector.on(down.clone())),
+                        None => return,
+                    },
+                }
             }
         }
     }

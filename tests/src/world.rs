@@ -32,6 +32,8 @@ pub struct Setup {
     pub allow: Vec<String>,
     /// The only way out of both sites.
     pub proxy: Option<ProxyKind>,
+    /// Agent and policy permit the redirector.
+    pub redirector: bool,
 }
 
 /// `ADIT_LOG` of all programs of this test, see [`log`].
@@ -46,7 +48,7 @@ impl Setup {
     /// An embedded relay, and an agent that allows everything on its loopback, TCP and UDP.
     pub fn new(topology: Topology) -> Self {
         let allow = ["127.0.0.0/8:1-65535", "127.0.0.0/8:1-65535/udp"].map(str::to_owned).to_vec();
-        Self { topology, embedded_relay: true, allow, proxy: None }
+        Self { topology, embedded_relay: true, allow, proxy: None, redirector: false }
     }
 
     /// Agent and technician behind NATs through which nothing passes but connections to this proxy, which runs on
@@ -54,6 +56,12 @@ impl Setup {
     pub fn behind(proxy: ProxyKind) -> Self {
         let topology = Topology::new(NatKind::Cone, NatKind::Cone).stranger();
         Self { proxy: Some(proxy), ..Self::new(topology) }
+    }
+
+    /// Agent and policy permit the redirector.
+    pub fn redirector(mut self) -> Self {
+        self.redirector = true;
+        self
     }
 
     /// The mediator embeds no relay.
@@ -132,6 +140,13 @@ impl World {
         let enrol = ["enroll", &of_technician, "--data", &dir("technician"), "--name", "technician"];
         run(&lab.technician.host, "adit", &enrol).await?;
 
+        if setup.redirector {
+            let file = format!("{}/config.toml", dir("agent"));
+            let config = std::fs::read_to_string(&file)?.replace("# redirector = false", "redirector = true");
+            std::fs::write(&file, config)?;
+            let allow = ["allow", "--data", &dir("server"), "technician", "--all-agents", "--redirector"];
+            run(&lab.server, "adit-mediator", &allow).await?;
+        }
         let agent = start_agent(&lab, &dir("agent"), &setup.allow)?;
         let world = Self { lab, mediator, relays, agent, proxy, setup, state };
         world.agent_online().await?;

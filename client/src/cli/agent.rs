@@ -52,12 +52,17 @@ impl Agent {
     /// Runs the agent until `stop` completes, and then until the technicians know.
     pub(super) async fn run_until(self, stop: impl Future<Output = ()>) -> Result<(), Failed> {
         let (dir, identity) = self.data.identity(Role::Agent)?;
-        let written = Config::load(&dir)?.agent.allow;
+        let crate::config::Agent { allow: written, redirector } = Config::load(&dir)?.agent;
         let given = Some(self.allow).filter(|entries| !entries.is_empty());
         let allow = given.or(written).map_or_else(AllowList::default, AllowList::from_iter);
         let events = Events::new(self.json);
         let entries: Vec<String> = allow.entries().iter().map(Entry::to_string).collect();
         events.emit(&Event::Allowing { entries: &entries });
+        if redirector {
+            tracing::warn!(
+                "the redirector is permitted: the server may open sessions to these targets and read them"
+            );
+        }
 
         let sessions = Arc::<Sessions>::default();
         let process = status::Process { command: "agent", device: identity.get().name.clone() };
@@ -72,7 +77,8 @@ impl Agent {
                 tell(events, &event);
             }
         };
-        let running = agent::run(identity, Arc::new(allow), sender, stop, os::asked_to_retire());
+        let permits = agent::Permits { allow: Arc::new(allow), redirector };
+        let running = agent::run(identity, permits, sender, stop, os::asked_to_retire());
         tokio::join!(running, telling);
         Ok(())
     }
@@ -98,10 +104,9 @@ impl Sessions {
     fn note(&self, event: &AgentEvent) {
         let mut sessions = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         match event {
-            AgentEvent::Opened { session, peer, tunnel } => {
-                let since = SystemTime::now();
-                let info =
-                    SessionInfo { session: *session, peer: peer.clone(), since, tunnel: tunnel.clone() };
+            AgentEvent::Opened { session, peer, via, tunnel } => {
+                let (peer, tunnel, since) = (peer.clone(), tunnel.clone(), SystemTime::now());
+                let info = SessionInfo { session: *session, peer, via: *via, since, tunnel };
                 sessions.insert(*session, info);
             }
             AgentEvent::Session { session, event: SessionEvent::Closed { .. }, .. } => {

@@ -8,6 +8,7 @@ mod http;
 mod launch;
 mod ls;
 mod rdp;
+mod redirect;
 #[cfg_attr(windows, path = "service_windows.rs")]
 mod service;
 mod signals;
@@ -52,6 +53,7 @@ enum Command {
     Rdp(rdp::Rdp),
     Ssh(ssh::Ssh),
     Http(http::Http),
+    Redirect(redirect::Redirect),
     Stdio(stdio::Stdio),
     Status(status::Status),
     Service(service::Service),
@@ -91,6 +93,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failed> {
             Command::Rdp(command) => command.run().await?,
             Command::Ssh(command) => return command.run().await,
             Command::Http(command) => command.run().await?,
+            Command::Redirect(command) => command.run().await?,
             Command::Stdio(command) => command.run().await?,
             Command::Status(command) => command.run().await?,
             Command::Service(command) => command.run()?,
@@ -150,9 +153,11 @@ enum CliError {
     NoService,
     #[error("{name} does not start: {error}")]
     Program { name: &'static str, error: std::io::Error },
+    #[error("{}: {error}", file.display())]
+    Write { file: std::path::PathBuf, error: std::io::Error },
     #[error("a path or name with such characters cannot be passed to ssh")]
     Unquotable,
-    #[error("this version has no redirector")]
+    #[error("this version forwards no local port to the redirector")]
     NoRedirector,
     #[error("this command takes a TCP target, and {0} is UDP")]
     TcpOnly(adit_protocol::Target),
@@ -161,7 +166,7 @@ enum CliError {
 impl Failure for CliError {
     fn exit(&self) -> Exit {
         match self {
-            Self::Runtime(_) | Self::Ended(_) | Self::Program { .. } => Exit::Failed,
+            Self::Runtime(_) | Self::Ended(_) | Self::Program { .. } | Self::Write { .. } => Exit::Failed,
             Self::NotOpened { .. } => Exit::TimedOut,
             Self::Log(_)
             | Self::NoHome
@@ -180,7 +185,7 @@ impl Failure for CliError {
 
     fn remedy(&self) -> Option<String> {
         Some(match self {
-            Self::Runtime(_) => return None,
+            Self::Runtime(_) | Self::Write { .. } => return None,
             Self::Log(_) => "for example --log debug, or --log warn,adit_client=trace".to_owned(),
             Self::NoHome => "name the state directory with --data".to_owned(),
             Self::WrongRole { wanted, .. } => {
@@ -205,7 +210,9 @@ impl Failure for CliError {
             Self::NoService => "run `adit agent` by other means".to_owned(),
             Self::Program { name, .. } => format!("install {name}, or see that it is in PATH"),
             Self::Unquotable => "rename it, or use adit stdio as ssh's ProxyCommand".to_owned(),
-            Self::NoRedirector => "use --via auto, direct or relay".to_owned(),
+            Self::NoRedirector => {
+                "use --via auto, direct or relay, or adit redirect for a port on the server".to_owned()
+            }
             Self::TcpOnly(_) => "use adit forward for UDP".to_owned(),
         })
     }
@@ -243,6 +250,7 @@ mod tests {
             "adit rdp pc 10.0.0.7:3389 --print",
             "adit ssh --data D anna@pc -L 1:localhost:2 uptime",
             "adit http pc 8080 --data D",
+            "adit redirect pc rdp --source 192.0.2.7 --ttl 1h --rdp F --data D --json",
             "adit status --data D --json",
             "adit service status --data D",
             "adit service install --dry-run",

@@ -54,8 +54,10 @@ pub(super) struct Connected {
 impl SessionArgs {
     /// What can be wrong without asking anyone.
     pub(super) fn check(&self) -> Result<(PathBuf, Arc<Live>, Via), Failed> {
-        // One of the values that the parser lets through is not one of them.
-        let via = self.via.parse().map_err(|_| CliError::NoRedirector)?;
+        let via = self.via.parse().unwrap_or_default();
+        if via == Via::Redirector {
+            return Err(CliError::NoRedirector.into());
+        }
         let (dir, identity) = self.data.identity(Role::Technician)?;
         Ok((dir, identity, via))
     }
@@ -78,6 +80,7 @@ impl SessionArgs {
             peer: session.peer_name.clone(),
             since: SystemTime::now(),
             tunnel: session.tunnel.clone(),
+            via,
         };
         let status = status::serve(&dir, status::Process { command, device }, move || vec![info.clone()]);
         Ok(Connected {
@@ -107,7 +110,7 @@ impl Connected {
                 self.parted().await;
                 let detail = match self.via {
                     Via::Direct => ": no direct path was found, and --via direct allows nothing else",
-                    Via::Auto | Via::Relay => "",
+                    Via::Auto | Via::Relay | Via::Redirector => "",
                 };
                 Err(CliError::NotOpened { agent: self.agent.clone(), seconds: OPENED.as_secs(), detail }.into())
             }

@@ -92,6 +92,25 @@ impl Control {
     }
 }
 
+impl Control {
+    /// A handle on a mediator in this very process, which is always there: what is sent comes out of the receiver. For
+    /// one that sends no more than its receiver takes.
+    pub fn linked() -> (Self, mpsc::Receiver<Up>) {
+        let (keep, state) = watch::channel(State::Connected(Arc::default()));
+        let (outgoing, mut commands) = mpsc::channel(QUEUE);
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        let task = tokio::spawn(async move {
+            let _keep = keep;
+            while let Some(Command::Send(up)) = commands.recv().await {
+                if sender.send(up).await.is_err() {
+                    break;
+                }
+            }
+        });
+        (Self { state, outgoing, _task: Arc::new(AbortOnDrop(task)) }, receiver)
+    }
+}
+
 /// There is no control channel now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("there is no connection to the mediator now")]

@@ -41,6 +41,8 @@ const GOODBYE: Duration = Duration::from_millis(500);
 pub enum SessionEvent {
     /// The session is open and sends on this carrier; said at the start and at every change.
     Tier {
+        /// `direct`, `relay` or `redirector`.
+        tier: &'static str,
         /// Which, with its addresses and round trip.
         carrier: CarrierInfo,
         /// Why, for people.
@@ -60,26 +62,34 @@ pub enum SessionEvent {
 }
 
 /// What a session is made of.
-pub(crate) struct Parts {
-    pub(crate) identity: Arc<Identity>,
-    pub(crate) end: End,
-    pub(crate) id: SessionId,
-    pub(crate) peer: DeviceId,
+pub struct Parts {
+    /// This device.
+    pub identity: Arc<Identity>,
+    /// Which end it is.
+    pub end: End,
+    /// Session id.
+    pub id: SessionId,
+    /// Device id of the other end.
+    pub peer: DeviceId,
     /// Name or device id that the user asked for.
-    pub(crate) called: Option<String>,
-    pub(crate) grant: Grant,
-    pub(crate) via: Via,
-    pub(crate) control: Control,
+    pub called: Option<String>,
+    /// What the mediator granted.
+    pub grant: Grant,
+    /// Which tiers it may take.
+    pub via: Via,
+    /// For tickets and candidates.
+    pub control: Control,
     /// `None`: no port of the range is free, or direct paths are not wanted.
-    pub(crate) direct: Option<Arc<DirectEndpoint>>,
-    pub(crate) stun: Vec<String>,
+    pub direct: Option<Arc<DirectEndpoint>>,
+    /// `HOST:PORT` each.
+    pub stun: Vec<String>,
     /// What the mediator says about this session.
-    pub(crate) downs: mpsc::Receiver<Down>,
+    pub downs: mpsc::Receiver<Down>,
 }
 
 /// Starts a session. It ends with [`Tunnel::close`], when the other end or the mediator ends it, or
 /// when the receiver of its events is dropped.
-pub(crate) fn start(parts: Parts) -> (Tunnel, mpsc::Receiver<SessionEvent>) {
+pub fn start(parts: Parts) -> (Tunnel, mpsc::Receiver<SessionEvent>) {
     let (tunnel, notices) = Tunnel::new(parts.end, parts.id);
     let (events, receiver) = mpsc::channel(1024);
     tokio::spawn(Runner::new(parts, tunnel.clone(), events).run(notices));
@@ -89,6 +99,7 @@ pub(crate) fn start(parts: Parts) -> (Tunnel, mpsc::Receiver<SessionEvent>) {
 struct Runner {
     end: End,
     id: SessionId,
+    via: Via,
     called: Option<String>,
     control: Control,
     tunnel: Tunnel,
@@ -136,6 +147,7 @@ impl Runner {
             Relays::new(
                 parts.identity.clone(),
                 parts.end,
+                parts.via,
                 parts.peer,
                 called,
                 tunnel.clone(),
@@ -145,6 +157,7 @@ impl Runner {
         Self {
             end: parts.end,
             id: parts.id,
+            via: parts.via,
             called: parts.called,
             control: parts.control,
             tunnel,
@@ -308,9 +321,10 @@ impl Runner {
         if self.told != Some(*id) {
             self.told = Some(*id);
             self.before = Some(carrier.kind);
-            info!(session = %self.id, tier = carrier.kind.tier(), carrier = carrier.kind.as_str(), reason, "tier");
+            let tier = self.via.tier(carrier.kind);
+            info!(session = %self.id, tier, carrier = carrier.kind.as_str(), reason, "tier");
             let (reason, since_start) = (reason.clone(), self.started.elapsed());
-            let _ = self.events.send(SessionEvent::Tier { carrier, reason, since_start }).await;
+            let _ = self.events.send(SessionEvent::Tier { tier, carrier, reason, since_start }).await;
         }
     }
 

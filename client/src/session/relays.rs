@@ -15,6 +15,7 @@ use crate::identity::Identity;
 use crate::leg::{self, Leg, RelayRefused};
 use crate::tls::{self, CarrierStream};
 use crate::tunnel::{CarrierInfo, Tunnel, byte_carrier};
+use crate::via::Via;
 
 /// The first relay has this long before the others are dialled, too.
 const HEAD_START: Duration = Duration::from_secs(2);
@@ -75,6 +76,7 @@ impl Relays {
     pub(super) fn new(
         identity: Arc<Identity>,
         end: End,
+        via: Via,
         peer: DeviceId,
         called: Option<String>,
         tunnel: Tunnel,
@@ -82,6 +84,9 @@ impl Relays {
     ) -> Self {
         let config = match end {
             End::Technician => tls::tunnel_client(&identity, peer).map(|c| Config::Technician(Arc::new(c))),
+            End::Agent if via == Via::Redirector => {
+                tls::redirector_server(&identity, peer).map(|c| Config::Agent(Arc::new(c)))
+            }
             End::Agent => tls::tunnel_server(&identity, Some(peer)).map(|c| Config::Agent(Arc::new(c))),
         };
         let config = config.map_err(|error| error.to_string());

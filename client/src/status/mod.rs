@@ -23,6 +23,7 @@ use windows as system;
 use crate::events::millis;
 use crate::exit::{Exit, Failure};
 use crate::tunnel::{CarrierInfo, Tunnel};
+use crate::via::Via;
 
 /// Where a process leaves what leads to it, below its state directory.
 const RUN: &str = "run";
@@ -58,6 +59,8 @@ pub struct SessionInfo {
     pub since: SystemTime,
     /// Its tunnel.
     pub tunnel: Tunnel,
+    /// Which tiers it may take.
+    pub via: Via,
 }
 
 /// Who serves the document.
@@ -93,7 +96,7 @@ pub struct SessionStatus {
     pub peer: String,
     /// When it began.
     pub since: u64,
-    /// `direct` or `relay`; none while there is no carrier.
+    /// `direct`, `relay` or `redirector`; none while there is no carrier.
     pub tier: Option<String>,
     /// Streams and flows that are open.
     pub streams: usize,
@@ -110,7 +113,7 @@ pub struct SessionStatus {
 pub struct CarrierStatus {
     /// `quic`, `tcp`, `relay` or `relay-https`.
     pub carrier: String,
-    /// `direct` or `relay`.
+    /// `direct`, `relay` or `redirector`.
     pub tier: String,
     /// Whether the session sends on it.
     pub active: bool,
@@ -199,7 +202,7 @@ impl Failure for StatusError {
 impl From<&SessionInfo> for SessionStatus {
     fn from(info: &SessionInfo) -> Self {
         let carriers: Vec<CarrierStatus> =
-            info.tunnel.carriers().into_iter().map(CarrierStatus::from).collect();
+            info.tunnel.carriers().into_iter().map(|carrier| CarrierStatus::of(carrier, info.via)).collect();
         let (sent, received) = info.tunnel.bytes();
         Self {
             session: info.session.to_string(),
@@ -214,11 +217,11 @@ impl From<&SessionInfo> for SessionStatus {
     }
 }
 
-impl From<CarrierInfo> for CarrierStatus {
-    fn from(info: CarrierInfo) -> Self {
+impl CarrierStatus {
+    fn of(info: CarrierInfo, via: Via) -> Self {
         Self {
             carrier: info.kind.as_str().to_owned(),
-            tier: info.kind.tier().to_owned(),
+            tier: via.tier(info.kind).to_owned(),
             active: info.active,
             local: info.local.map(|address| address.to_string()),
             remote: info.remote.map(|address| address.to_string()),

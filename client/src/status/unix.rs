@@ -78,6 +78,7 @@ mod tests {
             peer: "office-pc".to_owned(),
             since: UNIX_EPOCH + Duration::from_secs(1_800_000_000),
             tunnel,
+            via: crate::via::Via::Auto,
         };
         let process = Process { command: "forward", device: "anna".to_owned() };
         let server = status::serve(dir.path(), process, move || vec![info.clone()]).expect("serves");

@@ -40,8 +40,9 @@ impl Broker {
         let mut effect = Effect::default();
         // First what cuts off: no slow database and no slow disk holds that up.
         let mut ended = vec![];
-        let (forbidden, claimants) =
-            self.sessions().forbid(|technician, agent| self.may_reach(technician, agent));
+        let (forbidden, claimants) = self
+            .sessions()
+            .forbid(|one, other| self.may_reach(one, other), |one, other| self.may_redirect(one, other));
         for (id, claimant) in claimants {
             claimant.send(Down::Closed(closed(id, FORBIDDEN)));
         }
@@ -53,7 +54,7 @@ impl Broker {
                 _ => FORBIDDEN,
             };
             let message: Closed = closed(session.id, reason);
-            tell(&session.technician, Down::Closed(message.clone()));
+            tell(session.peer(), Down::Closed(message.clone()));
             tell(&session.agent, Down::Closed(message));
             ended.push((session, reason));
         }
@@ -104,6 +105,7 @@ impl Broker {
         if let Some(relay) = self.embedded.get() {
             relay.set_revoked(self.revoked.newest());
         }
+        // Its sessions end by `reload`, which knows who is gone.
         for channel in self.presence.all() {
             channel.send(Down::Revocations(List { list: list.der.clone() }));
         }

@@ -32,7 +32,7 @@ impl Broker {
         let reason = shorten(&answer.reason);
         let said =
             format!("the agent refused: {}", if reason.is_empty() { "it gave no reason" } else { reason });
-        tell(&session.technician, Down::Closed(closed(id, &said)));
+        tell(session.peer(), Down::Closed(closed(id, &said)));
         self.write_down(&session, "refused", &said, None).await;
     }
 
@@ -96,7 +96,7 @@ impl Broker {
         let greeted = self.sessions().greet(channel, named, permits, Instant::now());
         for session in &greeted.gone {
             let reason = "the agent has been restarted";
-            tell(&session.technician, Down::Closed(closed(session.id, reason)));
+            tell(session.peer(), Down::Closed(closed(session.id, reason)));
             self.write_down(session, "closed", reason, None).await;
         }
         for (id, claimant) in &greeted.forbidden {
@@ -126,7 +126,15 @@ impl Broker {
     /// A relay is there. Sessions that hold no ticket for it, or one of an older epoch, get new ones.
     pub async fn relay_up(&self, relay: Relay) {
         info!(relay = %relay.id, epoch = relay.epoch, "relay is up");
+        let id = relay.id;
         if self.relays.up(relay) {
+            // Its process is another one now.
+            let lost = self.sessions().redirected_by(id);
+            for session in lost {
+                let reason = "the redirector was restarted";
+                tell(&session.agent, Down::Closed(closed(session.id, reason)));
+                self.write_down(&session, "closed", reason, None).await;
+            }
             self.push_stale().await;
         }
     }
@@ -193,16 +201,20 @@ impl Broker {
 
     /// Both ends get tickets of one new pairing, at once.
     fn push_tickets(&self, id: SessionId) {
-        let relays = self.relays.choose();
         let Some(session) = self.sessions().get(id).cloned() else { return };
+        let relays = match &session.redirector {
+            // The relay that it is in, or none.
+            Some(redirector) => self.relays.get(redirector.relay).into_iter().collect(),
+            None => self.relays.choose(),
+        };
         if relays.is_empty() {
             return;
         }
         let pairing = self.pairing(&session);
         self.sessions().ticketed(id, epochs(&relays), Instant::now());
-        for role in [Role::Agent, Role::Technician] {
+        for (role, end) in [(Role::Agent, &session.agent), (Role::Technician, session.peer())] {
             let relays = pairing.tickets(role, &relays, &self.ticket_key);
-            tell(session.end(role), Down::Tickets(Tickets { session: id.0.to_vec(), relays }));
+            tell(end, Down::Tickets(Tickets { session: id.0.to_vec(), relays }));
         }
     }
 

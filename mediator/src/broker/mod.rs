@@ -4,12 +4,14 @@
 //! | --- | --- |
 //! | this one | requests of technicians: which agents there are, and sessions with them |
 //! | [`life`] | what happens to sessions afterwards |
+//! | [`redirect`] | sessions of which the server itself is an end |
 //! | [`probe`] | the connection test from outside |
 //! | [`change`] | the operator has changed who may do what |
 
 mod change;
 mod life;
 mod probe;
+mod redirect;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,7 +20,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use adit_client::identity::revocation::Revoked;
 use adit_protocol::control::{
-    AgentInfo, Closed, Down, Grant, IceCredentials, Open, Reached, Refused, RefusedCode,
+    AgentInfo, Closed, Down, Grant, IceCredentials, Open, Reached, Refused, RefusedCode, Served,
 };
 use adit_protocol::{DeviceId, Role, SessionId, Wanted};
 use tokio::sync::oneshot;
@@ -51,6 +53,8 @@ const FORBIDDEN: &str = "this technician may not reach this agent (any more)";
 /// Agents that a refusal names.
 const NAMED: usize = 10;
 
+/// Ports that were ordered: from which device, and who waits for its answer.
+type Orders = HashMap<u64, (DeviceId, oneshot::Sender<Served>)>;
 /// Connection tests under way: which agent was asked, and who waits for its answer.
 type Probes = HashMap<u64, (DeviceId, oneshot::Sender<Vec<Reached>>)>;
 
@@ -75,6 +79,9 @@ pub struct Broker {
     pub audit: Audit,
     sessions: Mutex<Sessions>,
     probes: Mutex<Probes>,
+    orders: Mutex<Orders>,
+    /// The redirector in this process.
+    redirector: OnceLock<Channel>,
     ticket_key: [u8; 64],
     serial: AtomicU64,
 }
@@ -104,6 +111,8 @@ impl Broker {
             audit,
             sessions: Mutex::default(),
             probes: Mutex::default(),
+            orders: Mutex::default(),
+            redirector: OnceLock::new(),
             ticket_key,
             serial: AtomicU64::new(now.as_micros() as u64),
         }))
@@ -230,6 +239,11 @@ impl Broker {
         technician.reaches(&agent).map(ToString::to_string)
     }
 
+    fn may_redirect(&self, technician: DeviceId, agent: DeviceId) -> bool {
+        let (technician, agent) = (self.directory.get(technician), self.directory.get(agent));
+        technician.zip(agent).is_some_and(|(technician, agent)| technician.redirects(&agent).is_some())
+    }
+
     fn may_reach(&self, technician: DeviceId, agent: DeviceId) -> bool {
         let (technician, agent) = (self.directory.get(technician), self.directory.get(agent));
         technician.zip(agent).is_some_and(|(technician, agent)| technician.reaches(&agent).is_some())
@@ -278,7 +292,7 @@ impl Broker {
         Pairing {
             session: session.id,
             serial: self.serial.fetch_add(1, Ordering::Relaxed),
-            technician: session.technician.device.public_key,
+            technician: session.peer().device.public_key,
             agent: session.agent.device.public_key,
             expires: unix_now() + TICKET_LIFE,
         }

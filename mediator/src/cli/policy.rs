@@ -11,7 +11,7 @@ use super::table::table;
 use crate::error::Error;
 use crate::operator::Operator;
 use crate::organisation::unix_now;
-use crate::store::Device;
+use crate::store::{Device, Reach};
 use crate::token::check_tags;
 
 /// Arguments of `allow`.
@@ -28,6 +28,9 @@ pub struct Allow {
     /// It reaches every agent, whatever its tags.
     #[arg(long, conflicts_with = "tags")]
     all_agents: bool,
+    /// Also through the redirector, where the server can read what passes; the agent must permit it, too.
+    #[arg(long)]
+    redirector: bool,
 }
 
 /// Arguments of `deny`.
@@ -68,9 +71,13 @@ impl Allow {
         check_tags(&self.tags)?;
         let operator = Operator::open(self.data.owned()?).await?;
         let technician = operator.device(&self.technician, Some(Role::Technician)).await?;
-        let what = if self.all_agents { "all agents".to_owned() } else { self.tags.join(" ") };
+        let mut what = if self.all_agents { "all agents".to_owned() } else { self.tags.join(" ") };
+        if self.redirector {
+            what.push_str(", redirector too");
+        }
         operator.write_down("allowed", &technician, &what).await?;
-        let made = operator.store.allow(technician.id, &self.tags, self.all_agents, unix_now()).await;
+        let reach = Reach { tags: &self.tags, all: self.all_agents, redirector: self.redirector };
+        let made = operator.store.allow(technician.id, &reach, unix_now()).await;
         let number = operator.database(made)?;
         let agents = operator.database(operator.store.devices().await)?;
         let (technician, reached) = count(&agents, &technician);
@@ -142,12 +149,16 @@ impl Grants {
                             "technician_id": technician.id.to_string(),
                             "tags": grant.tags,
                             "all_agents": grant.all,
+                            "redirector": grant.redirector,
                             "agents": reached,
                         })
                         .to_string(),
                     );
                 }
-                let what = if grant.all { "all agents".to_owned() } else { grant.tags.join(" ") };
+                let mut what = if grant.all { "all agents".to_owned() } else { grant.tags.join(" ") };
+                if grant.redirector {
+                    what.push_str(", redirector too");
+                }
                 rows.push([grant.id.to_string(), technician.name.clone(), what, reached.to_string()]);
             }
             if technician.grants.is_empty() && !self.json {

@@ -59,6 +59,19 @@ pub struct Grant {
     pub tags: Vec<String>,
     /// Every agent, whatever its tags.
     pub all: bool,
+    /// Also through the redirector.
+    pub redirector: bool,
+}
+
+/// What a new grant is for: see [`Grant`].
+#[derive(Debug, Clone, Copy)]
+pub struct Reach<'a> {
+    /// All of these.
+    pub tags: &'a [String],
+    /// Or every agent.
+    pub all: bool,
+    /// Also through the redirector.
+    pub redirector: bool,
 }
 
 impl Grant {
@@ -73,7 +86,8 @@ impl fmt::Display for Grant {
         match self.all {
             true => write!(f, "grant {}: all agents", self.id),
             false => write!(f, "grant {}: {}", self.id, self.tags.join(" ")),
-        }
+        }?;
+        if self.redirector { f.write_str(", redirector too") } else { Ok(()) }
     }
 }
 
@@ -88,6 +102,12 @@ impl Device {
     pub fn reaches(&self, agent: &Device) -> Option<&Grant> {
         let both = self.role == Role::Technician && agent.role == Role::Agent;
         self.grants.iter().find(|grant| both && grant.covers(&agent.tags))
+    }
+
+    /// The grant by which this technician reaches `agent` through the redirector.
+    pub fn redirects(&self, agent: &Device) -> Option<&Grant> {
+        let both = self.role == Role::Technician && agent.role == Role::Agent;
+        self.grants.iter().find(|grant| both && grant.redirector && grant.covers(&agent.tags))
     }
 }
 
@@ -191,15 +211,9 @@ impl Store {
     ///
     /// # Errors
     /// The database's.
-    pub async fn allow(
-        &self,
-        technician: DeviceId,
-        tags: &[String],
-        all: bool,
-        now: u64,
-    ) -> Result<i64, sqlx::Error> {
+    pub async fn allow(&self, technician: DeviceId, what: &Reach<'_>, now: u64) -> Result<i64, sqlx::Error> {
         let mut connection = self.pool.acquire().await?;
-        insert_grant(&mut connection, technician, tags, all, now).await
+        insert_grant(&mut connection, technician, what, now).await
     }
 
     /// Takes grants away from a technician: this one, or all. Says how many there were.
@@ -230,14 +244,14 @@ impl Store {
 pub(super) async fn insert_grant(
     connection: &mut SqliteConnection,
     technician: DeviceId,
-    tags: &[String],
-    all: bool,
+    what: &Reach<'_>,
     now: u64,
 ) -> Result<i64, sqlx::Error> {
-    sqlx::query("INSERT INTO grants (technician, tags, all_agents, made) VALUES (?, ?, ?, ?)")
+    sqlx::query("INSERT INTO grants (technician, tags, all_agents, redirector, made) VALUES (?, ?, ?, ?, ?)")
         .bind(technician.as_bytes().as_slice())
-        .bind(join(tags))
-        .bind(all)
+        .bind(join(what.tags))
+        .bind(what.all)
+        .bind(what.redirector)
         .bind(now as i64)
         .execute(connection)
         .await
@@ -269,7 +283,12 @@ pub(super) fn read_device(row: &SqliteRow) -> Result<Device, sqlx::Error> {
 }
 
 fn read_grant(row: &SqliteRow) -> Result<Grant, sqlx::Error> {
-    Ok(Grant { id: row.try_get("id")?, tags: split(row.try_get("tags")?), all: row.try_get("all_agents")? })
+    Ok(Grant {
+        id: row.try_get("id")?,
+        tags: split(row.try_get("tags")?),
+        all: row.try_get("all_agents")?,
+        redirector: row.try_get("redirector")?,
+    })
 }
 
 fn read_id(row: &SqliteRow, column: &str) -> Result<DeviceId, sqlx::Error> {
@@ -295,7 +314,7 @@ pub(crate) fn sample(role: Role, id: u8) -> Device {
         revoked: 0,
         seen: Seen::default(),
         cloned: 0,
-        grants: vec![Grant { id: 1, tags: vec![], all: true }],
+        grants: vec![Grant { id: 1, tags: vec![], all: true, redirector: false }],
     }
 }
 
@@ -309,11 +328,11 @@ mod tests {
 
     #[test]
     fn a_grant_needs_all_its_tags_and_one_grant_is_enough() {
-        let grant = |list: &[&str]| Grant { id: 3, tags: tags(list), all: false };
+        let grant = |list: &[&str]| Grant { id: 3, tags: tags(list), all: false, redirector: false };
         assert!(grant(&["a=1", "b=2"]).covers(&tags(&["b=2", "c=3", "a=1"])));
         assert!(!grant(&["a=1", "b=2"]).covers(&tags(&["a=1"])));
         assert!(!grant(&[]).covers(&tags(&["a=1"])) && !grant(&[]).covers(&[]));
-        assert!(Grant { id: 1, tags: vec![], all: true }.covers(&[]));
+        assert!(Grant { id: 1, tags: vec![], all: true, redirector: false }.covers(&[]));
         assert_eq!(grant(&["a=1", "b=2"]).to_string(), "grant 3: a=1 b=2");
 
         let agent = Device { tags: tags(&["a=1"]), ..sample(Role::Agent, 1) };

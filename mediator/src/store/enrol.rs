@@ -4,7 +4,7 @@ use adit_client::identity::certificate::tag_key;
 use adit_protocol::Role;
 use sqlx::{Row, Sqlite, SqliteConnection};
 
-use super::device::{insert_grant, read_device};
+use super::device::{Reach, insert_grant, read_device};
 use super::{Device, Store, decode, join, split};
 use crate::store::Seen;
 
@@ -172,8 +172,14 @@ impl Store {
         device.certificate = (candidate.sign)(&device).ok_or(EnrolError::NotSigned)?;
         insert(&mut tx, &device, candidate.token).await?;
         if token.role == Role::Technician && (token.all_agents || !token.tags.is_empty()) {
-            let id = insert_grant(&mut tx, device.id, &token.tags, token.all_agents, now).await?;
-            device.grants.push(super::Grant { id, tags: token.tags, all: token.all_agents });
+            let what = Reach { tags: &token.tags, all: token.all_agents, redirector: false };
+            let id = insert_grant(&mut tx, device.id, &what, now).await?;
+            device.grants.push(super::Grant {
+                id,
+                tags: token.tags,
+                all: token.all_agents,
+                redirector: false,
+            });
         }
         Ok(Pending { tx, enrolled: Enrolled { device, again: false, replaced } })
     }
@@ -442,7 +448,10 @@ mod tests {
         );
         assert!(technician.reaches(&agent.device).is_some());
 
-        let more = store.allow(technician.id, &["site=c".into()], false, 1).await.expect("allows");
+        let more = store
+            .allow(technician.id, &Reach { tags: &["site=c".into()], all: false, redirector: true }, 1)
+            .await
+            .expect("allows");
         assert_eq!(store.deny(technician.id, Some(more)).await.expect("denies"), 1);
         assert_eq!(store.deny(technician.id, Some(more)).await.expect("denies"), 0);
         assert_eq!(store.deny(technician.id, None).await.expect("denies"), 1);

@@ -20,7 +20,7 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, S
 
 use crate::error::Error;
 
-pub use device::{Device, Grant, Seen};
+pub use device::{Device, Grant, Reach, Seen};
 pub use enrol::{Candidate, EnrolError, Enrolled, Pending, Token};
 
 /// How long another process may hold the database (`token` while `run` runs).

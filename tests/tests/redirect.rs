@@ -1,0 +1,253 @@
+//! The redirector's TCP ports: for programs on machines without adit, when policy and agent both permit it.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use adit_tests::lab::{Host, NatKind, Topology};
+use adit_tests::process::Finished;
+use adit_tests::traffic::{TransferServer, download, upload};
+use adit_tests::world::{AGENT, PATIENCE, Setup, World};
+use adit_tests::{lab_tests, poll, within};
+use anyhow::{Context, ensure};
+use serde_json::Value;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
+lab_tests!(
+    a_port_leads_to_the_target_and_only_from_its_source,
+    a_port_of_a_relay_elsewhere,
+    a_port_closes_at_the_end_of_its_time,
+    without_permission_there_is_no_port,
+    what_cannot_be_opened_is_said_in_a_line,
+    a_grant_taken_away_closes_the_port,
+);
+
+const BYTES: u64 = 16 << 20;
+const DEADLINE: Duration = Duration::from_secs(60);
+
+async fn a_port_leads_to_the_target_and_only_from_its_source() -> anyhow::Result<()> {
+    let topology = Topology::new(NatKind::Cone, NatKind::Cone).stranger();
+    let world = World::up(Setup::new(topology).redirector()).await?;
+    let transfers = TransferServer::start(&world.lab.agent.host).await?;
+    let opened = redirect(&world, &format!("127.0.0.1:{}", transfers.port), &[]).await?;
+    println!("{opened}");
+    let at = address(&opened)?;
+    ensure!((49_152..=65_535).contains(&at.port()) && opened["tier"] == "redirector", "{opened}");
+    ensure!(opened["source"] == world.lab.technician.public_address()?.to_string(), "{opened}");
+
+    // Nothing of adit is at this end.
+    let host = &world.lab.technician.host;
+    let before = world.lab.technician.traffic()?;
+    download(host, at, 1, BYTES, DEADLINE).await?;
+    upload(host, at, 2, BYTES, DEADLINE).await?;
+    let after = world.lab.technician.traffic()?;
+    ensure!(after.direct - before.direct > 2 * BYTES, "not on the redirector's port: {before:?} {after:?}");
+
+    // Both sides are told, and it is written down.
+    let event = world.agent.event(PATIENCE, "tier", 0, |event| Some(event.clone())).await?;
+    println!("the agent: {event}");
+    ensure!(
+        event["tier"] == "redirector"
+            && event["peer"].as_str().is_some_and(|peer| peer.contains("redirector"))
+    );
+    let data = world.data("agent");
+    let status = ["status", "--json", "--data", &data];
+    let status = adit_tests::world::run(&world.lab.agent.host, "adit", &status).await?;
+    ensure!(status.contains("\"tier\":\"redirector\""), "{status}");
+    let audit = std::fs::read_to_string(format!("{}/audit.jsonl", world.data("server")))?;
+    let granted = audit.lines().find(|line| line.contains("\"event\":\"grant\"")).context("a grant")?;
+    ensure!(granted.contains("\"via\":\"redirector\"") && granted.contains("redirector too"), "{granted}");
+    ensure!(
+        audit
+            .lines()
+            .any(|line| line.contains("\"event\":\"opened\"") && line.contains("\"tier\":\"redirector\""))
+    );
+
+    // 5,000 a minute from elsewhere, and nothing of it arrives at the agent.
+    let (counter, port) = counting(&world.lab.agent.host).await?;
+    let opened = redirect(&world, &format!("127.0.0.1:{port}"), &[]).await?;
+    let (at, stranger) = (address(&opened)?, world.lab.stranger.as_ref().context("a stranger")?);
+    // One connection tried the target when the port was opened.
+    poll(PATIENCE, "the first try", async || (counter.load(Ordering::Relaxed) == 1).then_some(())).await?;
+    let started = Instant::now();
+    let answered = stranger.task(async move {
+        let mut answered = 0;
+        let mut pace = tokio::time::interval(Duration::from_millis(12));
+        for _ in 0..500 {
+            pace.tick().await;
+            let Ok(mut tcp) = TcpStream::connect(at).await else { continue };
+            let _ = tcp.write_all(b"GET / HTTP/1.1\r\n\r\n").await;
+            answered += tcp.read(&mut [0; 10]).await.unwrap_or(0);
+        }
+        answered
+    })?;
+    let answered = within(DEADLINE, "the probes", async { Ok(answered.await?) }).await?;
+    let rate = 500.0 / started.elapsed().as_secs_f64() * 60.0;
+    println!(
+        "{rate:.0} probes a minute: {answered} bytes back, {} connections at the agent",
+        counter.load(Ordering::Relaxed)
+    );
+    ensure!(
+        rate >= 4_900.0 && answered == 0 && counter.load(Ordering::Relaxed) == 1,
+        "something got through"
+    );
+    // And the port is as it was.
+    let greeted = host.task(async move {
+        let mut tcp = TcpStream::connect(at).await?;
+        let mut greeting = [0; 5];
+        tcp.read_exact(&mut greeting).await?;
+        // While this one is here, there is no other.
+        let second = match TcpStream::connect(at).await {
+            Ok(mut second) => second.read(&mut [0; 5]).await.unwrap_or(0),
+            Err(_) => 0,
+        };
+        anyhow::Ok((greeting, second))
+    })?;
+    let (greeting, second) = within(PATIENCE, "a greeting", async { greeted.await? }).await?;
+    ensure!(&greeting == b"hello" && second == 0);
+    Ok(())
+}
+
+async fn a_port_of_a_relay_elsewhere() -> anyhow::Result<()> {
+    let topology = Topology::new(NatKind::HttpsOnly, NatKind::Cone).relays(1);
+    let world = World::up(Setup::new(topology).bare_mediator().redirector()).await?;
+    let transfers = TransferServer::start(&world.lab.agent.host).await?;
+    let opened = redirect(&world, &format!("127.0.0.1:{}", transfers.port), &[]).await?;
+    println!("{opened}");
+    ensure!(address(&opened)?.ip() == world.lab.relays[0].address, "{opened}");
+    download(&world.lab.technician.host, address(&opened)?, 1, BYTES, DEADLINE).await.map(drop)
+}
+
+async fn a_port_closes_at_the_end_of_its_time() -> anyhow::Result<()> {
+    let world = World::up(Setup::new(Topology::new(NatKind::Cone, NatKind::Cone)).redirector()).await?;
+    let (_, port) = counting(&world.lab.agent.host).await?;
+    let file = world.scratch().join("pc.rdp");
+    let rdp = file.to_string_lossy().into_owned();
+    let opened = redirect(&world, &format!("127.0.0.1:{port}"), &["--ttl", "2s", "--rdp", &rdp]).await?;
+    let at = address(&opened)?;
+    let text = std::fs::read_to_string(&file)?;
+    ensure!(text.contains(&format!("full address:s:{at}\r\n")), "{text:?}");
+    let started = Instant::now();
+    let ended = world.lab.technician.host.task(async move {
+        let mut tcp = TcpStream::connect(at).await?;
+        let mut all = Vec::new();
+        let end = tcp.read_to_end(&mut all).await;
+        let again =
+            poll(PATIENCE, "the port to be closed", async || TcpStream::connect(at).await.err()).await;
+        anyhow::Ok((all, end.is_err(), again))
+    })?;
+    let (all, _, again) = within(PATIENCE, "the end of its time", async { ended.await? }).await?;
+    println!("closed after {:?}: {:?}", started.elapsed(), again?);
+    ensure!(all == b"hello" && started.elapsed() > Duration::from_secs(1));
+    let reason = world.agent.event(PATIENCE, "closed", 0, |event| Some(event["reason"].clone())).await?;
+    ensure!(
+        reason.as_str().is_some_and(|reason| reason.contains("expired") || reason.contains("time is over")),
+        "{reason}"
+    );
+    Ok(())
+}
+
+async fn without_permission_there_is_no_port() -> anyhow::Result<()> {
+    let world = World::up(Setup::new(Topology::new(NatKind::Cone, NatKind::Cone))).await?;
+    let (counter, port) = counting(&world.lab.agent.host).await?;
+    let target = format!("127.0.0.1:{port}");
+    let refused = try_redirect(&world, &target, &[]).await?;
+    println!("{}", refused.stderr);
+    ensure!(
+        refused.code == 3 && refused.stderr.contains("adit-mediator allow technician --redirector"),
+        "{refused:?}"
+    );
+    let allow = ["allow", "--data", &world.data("server"), "technician", "--all-agents", "--redirector"];
+    adit_tests::world::run(&world.lab.server, "adit-mediator", &allow).await?;
+    let refused = try_redirect(&world, &target, &[]).await?;
+    println!("{}", refused.stderr);
+    ensure!(refused.code == 3 && refused.stderr.contains("[agent] redirector = true"), "{refused:?}");
+    ensure!(counter.load(Ordering::Relaxed) == 0, "the target was reached");
+    let audit = std::fs::read_to_string(format!("{}/audit.jsonl", world.data("server")))?;
+    let refusals =
+        audit.lines().filter(|line| line.contains("\"refused\"") && line.contains("redirector")).count();
+    ensure!(refusals >= 2, "{audit}");
+    Ok(())
+}
+
+async fn what_cannot_be_opened_is_said_in_a_line() -> anyhow::Result<()> {
+    let mut world = World::up(Setup::new(Topology::new(NatKind::Cone, NatKind::Cone)).redirector()).await?;
+    for (target, options, said) in [
+        ("127.0.0.1:9", &[][..], "127.0.0.1:9: the target refused the connection"),
+        ("198.51.100.1:22", &[], "198.51.100.1:22: the agent's allow list"),
+    ] {
+        let failed = try_redirect(&world, target, options).await?;
+        println!("{}", failed.stderr);
+        ensure!(
+            failed.code != 0 && failed.stderr.contains(said) && failed.stderr.lines().count() <= 2,
+            "{failed:?}"
+        );
+    }
+    world.agent.kill().await?;
+    let failed = poll(PATIENCE, "the agent to be offline", async || {
+        let failed = try_redirect(&world, "127.0.0.1:9", &[]).await.ok()?;
+        (failed.code == 4).then_some(failed)
+    })
+    .await?;
+    println!("{}", failed.stderr);
+    ensure!(failed.stderr.contains("is offline"), "{failed:?}");
+    Ok(())
+}
+
+async fn a_grant_taken_away_closes_the_port() -> anyhow::Result<()> {
+    let world = World::up(Setup::new(Topology::new(NatKind::Cone, NatKind::Cone)).redirector()).await?;
+    let (_, port) = counting(&world.lab.agent.host).await?;
+    let opened = redirect(&world, &format!("127.0.0.1:{port}"), &[]).await?;
+    let at = address(&opened)?;
+    let cut = world.lab.technician.host.task(async move {
+        let mut tcp = TcpStream::connect(at).await?;
+        tcp.read_exact(&mut [0; 5]).await?;
+        let started = Instant::now();
+        let _ = tcp.read(&mut [0; 1]).await;
+        anyhow::Ok(started.elapsed())
+    })?;
+    let deny = ["deny", "--data", &world.data("server"), "technician", "--all"];
+    adit_tests::world::run(&world.lab.server, "adit-mediator", &deny).await?;
+    let cut = within(PATIENCE, "the cut", async { cut.await? }).await?;
+    println!("cut after {cut:?}");
+    ensure!(cut < Duration::from_secs(5));
+    Ok(())
+}
+
+async fn try_redirect(world: &World, target: &str, options: &[&str]) -> anyhow::Result<Finished> {
+    let data = world.data("technician");
+    let arguments = [&["redirect", AGENT, target, "--json", "--data", &data], options].concat();
+    world.technician(&arguments)?.finish(PATIENCE).await
+}
+
+async fn redirect(world: &World, target: &str, options: &[&str]) -> anyhow::Result<Value> {
+    Ok(serde_json::from_str(&try_redirect(world, target, options).await?.ok()?)?)
+}
+
+fn address(opened: &Value) -> anyhow::Result<SocketAddr> {
+    Ok(opened["address"].as_str().context("an address")?.parse()?)
+}
+
+/// A server that says hello and counts who comes.
+async fn counting(host: &Host) -> anyhow::Result<(Arc<AtomicUsize>, u16)> {
+    let counter = Arc::new(AtomicUsize::new(0));
+    let (port, listening) = tokio::sync::oneshot::channel();
+    let counted = counter.clone();
+    host.task(async move {
+        let listener = TcpListener::bind("127.0.0.1:0").await?;
+        let _ = port.send(listener.local_addr()?.port());
+        loop {
+            let (mut tcp, _) = listener.accept().await?;
+            counted.fetch_add(1, Ordering::Relaxed);
+            tokio::spawn(async move {
+                let _ = tcp.write_all(b"hello").await;
+                let _ = tcp.read(&mut [0; 100]).await;
+            });
+        }
+        #[allow(unreachable_code)]
+        anyhow::Ok(())
+    })?;
+    Ok((counter, listening.await?))
+}
