@@ -69,8 +69,11 @@ impl Config {
     }
 }
 
-/// The file as enrolment writes it for an agent: every setting with its default, commented.
-pub fn template() -> String {
+/// The file as enrolment writes it for an agent: every setting with its default, commented, and the proxy by which it
+/// was enrolled.
+pub fn template(proxy: Option<&str>) -> String {
+    let proxy =
+        proxy.map_or("# proxy = \"none\"".to_owned(), |url| format!("proxy = {}", toml::Value::from(url)));
     let allow = AllowList::default();
     let entries: Vec<String> =
         allow.entries().iter().map(|entry| format!("{:?}", entry.to_string())).collect();
@@ -91,7 +94,7 @@ pub fn template() -> String {
 [network]
 # The HTTP proxy on the way to the servers' port 443: "http://[USER:PASSWORD@]HOST:PORT", or "none". Without this,
 # HTTPS_PROXY and NO_PROXY of the environment. With a password in it keep this file from others.
-# proxy = "none"
+{proxy}
 "#,
         entries.join(", ")
     )
@@ -133,11 +136,14 @@ mod tests {
 
     #[test]
     fn the_template_and_no_file_are_the_defaults() {
-        assert_eq!(read(&template()).expect("reads"), Config::default());
+        assert_eq!(read(&template(None)).expect("reads"), Config::default());
         let dir = tempfile::tempdir().expect("tempdir");
         assert_eq!(Config::load(dir.path()).expect("nothing there"), Config::default());
+        let proxied =
+            read(&template(Some("http://a:\"b\"@p:1"))).expect("reads").network.proxy.expect("is there");
+        assert_eq!(proxied.0, "http://a:\"b\"@p:1");
         // What stands there as an example is what is in force.
-        let uncommented = template().replace("# allow", "allow");
+        let uncommented = template(None).replace("# allow", "allow");
         let allow = read(&uncommented).expect("reads").agent.allow.expect("is there");
         assert_eq!(allow, AllowList::default().entries());
     }

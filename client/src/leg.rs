@@ -8,6 +8,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -23,6 +24,7 @@ use tokio_rustls::TlsStream;
 use tokio_tungstenite::client_async_with_config;
 use tokio_util::either::Either;
 
+use crate::control::INTERCEPTED;
 use crate::dial::{self, DialError};
 use crate::identity::Identity;
 use crate::os;
@@ -35,6 +37,8 @@ const NOTSENT: u32 = 128 * 1024;
 /// What one way has before the other is tried beside it. On a line with a longer round trip the second one is given up
 /// before its connection is there, so that no server sees anything of it.
 const HEAD_START: Duration = Duration::from_millis(50);
+/// The head start of 443 where connections to 8002 came about and led nowhere: those are quick.
+const SWALLOWED: Duration = Duration::from_secs(3);
 /// How long the WebSocket's handshake may take.
 const UPGRADE: Duration = Duration::from_secs(5);
 
@@ -47,6 +51,7 @@ pub type LegStream = Either<TcpStream, Box<WebSocketBytes<TlsStream<TcpStream>>>
 pub struct Leg {
     stream: LegStream,
     paired: bool,
+    heard: Arc<AtomicBool>,
 }
 
 /// Connects to the relay and shows the ticket. The way of `first` (8002 or 443) has a head start on the other.
@@ -59,35 +64,58 @@ pub async fn dial(identity: &Identity, grant: &RelayTicket, first: CarrierKind) 
     let plain = async { plain(grant).await.map(Either::Left) };
     let web = async { web(identity, grant).await.map(|stream| Either::Right(Box::new(stream))) };
     let mut stream: LegStream = match first {
-        CarrierKind::RelayHttps => race(web, plain).await?,
-        _ => race(plain, web).await?,
+        CarrierKind::RelayHttps => race(web, plain, SWALLOWED).await?,
+        _ => race(plain, web, HEAD_START).await?,
     };
-    stream.write_all(&preamble).await.map_err(DialError::Unreachable)?;
-    stream.flush().await.map_err(DialError::Unreachable)?;
-    Ok(Leg { stream, paired: false })
+    show(&mut stream, &preamble).await?;
+    Ok(Leg::new(stream))
 }
 
-/// The first to come about; `second` begins after a moment, or when `first` has failed.
+/// The same by this way only.
+///
+/// # Errors
+/// [`LegError`].
+pub async fn dial_by(identity: &Identity, grant: &RelayTicket, way: CarrierKind) -> Result<Leg, LegError> {
+    let ticket = Ticket::peek(&grant.ticket).map_err(|_| LegError::Ticket)?;
+    let preamble = leg::encode(&grant.ticket, &ticket, |message| identity.sign(message));
+    let mut stream: LegStream = match way {
+        CarrierKind::RelayHttps => Either::Right(Box::new(web(identity, grant).await?)),
+        _ => Either::Left(plain(grant).await?),
+    };
+    show(&mut stream, &preamble).await?;
+    Ok(Leg::new(stream))
+}
+
+async fn show(stream: &mut LegStream, preamble: &[u8]) -> Result<(), LegError> {
+    stream.write_all(preamble).await.map_err(DialError::Unreachable)?;
+    stream.flush().await.map_err(DialError::Unreachable)?;
+    Ok(())
+}
+
+/// The first to come about; `second` begins after `head_start`, or when `first` has failed. The error is that of the
+/// way that got further: a name that is known is more than an address that does not answer.
 async fn race<T>(
     first: impl Future<Output = Result<T, LegError>>,
     second: impl Future<Output = Result<T, LegError>>,
+    head_start: Duration,
 ) -> Result<T, LegError> {
     tokio::pin!(first, second);
+    let both = |one: LegError, other: LegError| if other.tells_more() { other } else { one };
     let early = tokio::select! {
         done = &mut first => Some(done),
-        () = sleep(HEAD_START) => None,
+        () = sleep(head_start) => None,
     };
     match early {
         Some(Ok(stream)) => Ok(stream),
-        Some(Err(error)) => second.await.map_err(|_| error),
+        Some(Err(error)) => second.await.map_err(|other| both(error, other)),
         None => tokio::select! {
             done = &mut first => match done {
                 Ok(stream) => Ok(stream),
-                Err(error) => second.await.map_err(|_| error),
+                Err(error) => second.await.map_err(|other| both(error, other)),
             },
             done = &mut second => match done {
                 Ok(stream) => Ok(stream),
-                Err(_) => first.await,
+                Err(other) => first.await.map_err(|error| both(error, other)),
             },
         },
     }
@@ -134,6 +162,15 @@ async fn web(
 }
 
 impl Leg {
+    fn new(stream: LegStream) -> Self {
+        Self { stream, paired: false, heard: Arc::default() }
+    }
+
+    /// Whether the relay has said a word; also when the leg itself is elsewhere by then.
+    pub fn heard(&self) -> Arc<AtomicBool> {
+        self.heard.clone()
+    }
+
     /// What carries it.
     pub fn kind(&self) -> CarrierKind {
         match self.stream {
@@ -177,6 +214,23 @@ pub enum LegError {
     Tls(String),
 }
 
+impl LegError {
+    /// Somebody in between has said what is wrong.
+    fn tells_more(&self) -> bool {
+        use DialError::{Foreign, Proxy, Verify};
+        matches!(self, Self::Upgrade(_) | Self::Dial(Foreign(_) | Proxy { .. } | Verify(_)))
+    }
+
+    /// What helps, where that is known.
+    pub fn remedy(&self) -> Option<&'static str> {
+        match self {
+            Self::Dial(DialError::Proxy { error, .. }) => Some(error.remedy()),
+            Self::Upgrade(_) | Self::Dial(DialError::Foreign(_) | DialError::Verify(_)) => Some(INTERCEPTED),
+            _ => None,
+        }
+    }
+}
+
 /// The relay has refused the leg.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum RelayRefused {
@@ -217,6 +271,7 @@ impl AsyncRead for Leg {
             let mut status = ReadBuf::new(&mut byte);
             ready!(Pin::new(&mut self.stream).poll_read(cx, &mut status))?;
             let Some(&byte) = status.filled().first() else { return Poll::Ready(Ok(())) };
+            self.heard.store(true, Ordering::Relaxed);
             match Status::try_from(byte) {
                 Ok(Status::Paired) => self.paired = true,
                 Ok(status) => return Poll::Ready(Err(io::Error::other(RelayRefused::Known(status)))),

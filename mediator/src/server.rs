@@ -27,7 +27,6 @@ use adit_relay::{Visit, https};
 use prometheus_client::registry::Registry;
 use rustls::ServerConfig;
 use rustls::server::Acceptor;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
@@ -54,9 +53,6 @@ use crate::stun;
 /// From accepting a connection to its certificate or its whole request to enrol; and, for the mediator's own
 /// part, from that to the answer.
 const AUTHENTICATE: Duration = Duration::from_secs(5);
-/// For a refused device to read the alert and hang up.
-const LINGER: Duration = Duration::from_secs(1);
-const LINGER_BYTES: usize = 16 * 1024;
 /// Orders that the redirector in this process may have waiting.
 const ORDERS: usize = 64;
 /// Control channels at once.
@@ -380,12 +376,10 @@ async fn accept_all(listener: TcpListener, doors: Arc<Doors>) -> std::io::Result
 
 /// What a connection showed in time.
 enum Shown {
-    /// A certificate of our organisation, and for what.
-    Device(Box<Upgrade<TlsStream<TcpStream>>>, Peer),
+    /// A certificate of our organisation.
+    Device(Box<TlsStream<TcpStream>>, Peer),
     /// The wish to enrol, with a token.
     Request(Box<TlsStream<TcpStream>>, Request),
-    /// A certificate of our organisation, and nothing more.
-    Gone,
     /// That it wants nothing that is here.
     Nothing,
 }
@@ -397,18 +391,22 @@ impl Doors {
             () = visit.driven_out() => return debug!("connection closed: too many have not shown who they are"),
         };
         match shown {
-            Ok(Ok(Shown::Device(upgrade, peer))) => {
-                drop(visit);
+            Ok(Ok(Shown::Device(stream, peer))) => {
+                // It has shown who it is: from here on nothing is an offence.
+                let request = tokio::select! {
+                    request = timeout(AUTHENTICATE, Upgrade::read(*stream)) => request,
+                    () = visit.driven_out() => return,
+                };
+                let Ok(Ok(upgrade)) = request else { return debug!("a device wanted nothing") };
                 match (upgrade.path(), &self.relay) {
                     (CONTROL_PATH, _) => {
+                        drop(visit);
                         if let Ok(_place) = self.channels.clone().try_acquire_owned() {
-                            channel::serve(*upgrade, peer, from, self.broker.clone()).await;
+                            channel::serve(upgrade, peer, from, self.broker.clone()).await;
                         }
                     }
-                    (RELAY_PATH, Some(relay)) => {
-                        https::serve_upgrade(relay.clone(), *upgrade, from.ip()).await;
-                    }
-                    _ => debug!("a device asked for what is not here"),
+                    (RELAY_PATH, Some(relay)) => https::serve_upgrade(relay.clone(), upgrade, visit).await,
+                    _ => drop(timeout(AUTHENTICATE, upgrade.refuse()).await),
                 }
             }
             Ok(Ok(Shown::Request(mut stream, request))) => {
@@ -420,7 +418,6 @@ impl Doors {
                     Err(_) => debug!("enrolment too slow"),
                 }
             }
-            Ok(Ok(Shown::Gone)) => debug!("a device went away"),
             Ok(Ok(Shown::Nothing)) => self.door.offended(from.ip(), Offence::Left),
             Ok(Err(error)) => {
                 debug!(%error, "connection refused");
@@ -439,7 +436,7 @@ impl Doors {
             let stream = match hello.into_stream(self.control.clone()).into_fallible().await {
                 Ok(stream) => stream,
                 Err((error, stream)) => {
-                    linger(stream).await;
+                    https::linger(stream).await;
                     return Err(error);
                 }
             };
@@ -447,9 +444,7 @@ impl Doors {
             let Some(peer) = certificate.and_then(|der| Peer::from_certificate(der).ok()) else {
                 return Ok(Shown::Nothing);
             };
-            // It has shown who it is: if it says nothing more, that is no offence.
-            let upgrade = Upgrade::read(TlsStream::from(stream)).await;
-            return Ok(upgrade.map_or(Shown::Gone, |upgrade| Shown::Device(Box::new(upgrade), peer)));
+            return Ok(Shown::Device(Box::new(TlsStream::from(stream)), peer));
         }
         if offers(ALPN_ENROL) {
             let mut stream = TlsStream::from(hello.into_stream(self.enrol.clone()).await?);
@@ -462,24 +457,6 @@ impl Doors {
         }
         Ok(Shown::Nothing)
     }
-}
-
-/// A device that is refused has sent more already. Closing with that unread would be a reset, and the
-/// device would never read the alert that says why.
-async fn linger(mut stream: TcpStream) {
-    let drained = async {
-        let mut left = LINGER_BYTES;
-        let mut buffer = [0; 1024];
-        stream.shutdown().await?;
-        while left > 0 {
-            match stream.read(&mut buffer).await? {
-                0 => break,
-                count => left = left.saturating_sub(count),
-            }
-        }
-        Ok::<(), std::io::Error>(())
-    };
-    let _ = timeout(LINGER, drained).await;
 }
 
 fn greeting(config: &Config, ticket_key: [u8; 32]) -> Greeting {

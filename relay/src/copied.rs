@@ -14,8 +14,8 @@ use tokio::time::sleep;
 use crate::forward::{Caps, End, HALF_OPEN};
 use crate::metrics::Metrics;
 
-/// What one direction has on the way in user space, beside what TLS and WebSocket hold: two TLS records.
-const BUFFER: usize = 32 * 1024;
+/// What one direction has on the way in user space, beside what TLS and WebSocket hold: a TLS record.
+const BUFFER: usize = 16 * 1024;
 
 /// Forwards until both directions have ended. Dropping it closes both legs.
 pub(crate) async fn forward(legs: [LegStream; 2], caps: Caps, metrics: Arc<Metrics>) -> End {

@@ -202,14 +202,22 @@ impl Relay {
         }
     }
 
-    /// Takes a leg that came by WebSocket, from a device that has shown its certificate, until it ends.
-    pub async fn handle_web(self: Arc<Self>, stream: WebSocketBytes<TlsStream<TcpStream>>, from: IpAddr) {
+    /// Takes a leg that came by WebSocket, from a device that has shown its certificate, until it ends. Until it has
+    /// shown its ticket it is on a `visit`; whatever is wrong with it, it is no offence.
+    pub async fn handle_web(self: Arc<Self>, stream: WebSocketBytes<TlsStream<TcpStream>>, mut visit: Visit) {
         let pair = Box::pin(async {
             if let Err(error) = prepare(stream.get_ref().get_ref().0) {
                 tracing::debug!(%error, "connection lost at once");
                 return None;
             }
-            let (stream, ticket) = self.authenticate(Either::Right(Box::new(stream)), from).await?;
+            let (stream, ticket) = tokio::select! {
+                authenticated = self.authenticate(Either::Right(Box::new(stream)), None) => authenticated?,
+                () = visit.driven_out() => {
+                    self.metrics.refused(Reason::Overload);
+                    return None;
+                }
+            };
+            drop(visit);
             self.pair(stream, ticket).await
         });
         if let Some(pair) = pair.await {
@@ -254,7 +262,7 @@ impl Relay {
             return None;
         }
         let (stream, ticket) = tokio::select! {
-            authenticated = self.authenticate(Either::Left(stream), from) => authenticated?,
+            authenticated = self.authenticate(Either::Left(stream), Some(from)) => authenticated?,
             () = visit.driven_out() => {
                 self.metrics.refused(Reason::Overload);
                 return None;
@@ -264,19 +272,19 @@ impl Relay {
         self.pair(stream, ticket).await
     }
 
-    /// Takes the preamble in time, or sends the connection away.
-    async fn authenticate(&self, mut stream: LegStream, from: IpAddr) -> Option<(LegStream, Ticket)> {
+    /// Takes the preamble in time, or sends the connection away. `from`: who pays for it; nobody, where the device has
+    /// shown a certificate before.
+    async fn authenticate(&self, mut stream: LegStream, from: Option<IpAddr>) -> Option<(LegStream, Ticket)> {
+        let offended = |offence| from.into_iter().for_each(|from| self.door.offended(from, offence));
         match timeout(AUTHENTICATE, self.read_ticket(&mut stream)).await {
             Ok(Ok(ticket)) => return Some((stream, ticket)),
             Ok(Err(reason)) => {
-                if let Some(offence) = offence(reason) {
-                    self.door.offended(from, offence);
-                }
+                offence(reason).into_iter().for_each(offended);
                 self.refuse(stream, Status::Refused, reason).await;
             }
             Err(_) => {
                 self.metrics.refused(Reason::Silent);
-                self.door.offended(from, Offence::Silent);
+                offended(Offence::Silent);
             }
         }
         None

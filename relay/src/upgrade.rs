@@ -44,6 +44,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Upgrade<S> {
         }
     }
 
+    /// The stream under it.
+    pub fn stream_mut(&mut self) -> &mut S {
+        &mut self.stream
+    }
+
     /// The path that it asks for.
     pub fn path(&self) -> &str {
         self.request.uri().path()

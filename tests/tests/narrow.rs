@@ -22,6 +22,8 @@ lab_tests!(
     a_proxy_that_says_no_is_quoted,
     a_proxy_that_opens_tls_is_named,
     all_but_443_is_blocked_in_mid_session,
+    a_firewall_that_takes_8002_and_lets_nothing_through,
+    a_proxy_that_lets_nobody_to_the_relay_is_quoted,
 );
 
 const BYTES: u64 = 16 << 20;
@@ -162,6 +164,50 @@ async fn all_but_443_is_blocked_in_mid_session() -> anyhow::Result<()> {
     let tiers = forward.tiers();
     println!("tiers: {tiers:?}");
     ensure!(tiers.len() <= 6, "it flaps");
+    Ok(())
+}
+
+async fn a_firewall_that_takes_8002_and_lets_nothing_through() -> anyhow::Result<()> {
+    for (at_agent, at_technician) in [(true, false), (false, true), (true, true)] {
+        let world = World::up(Setup::new(Topology::new(NatKind::UdpBlocked, NatKind::UdpBlocked))).await?;
+        for (swallows, site) in [(at_agent, &world.lab.agent), (at_technician, &world.lab.technician)] {
+            if swallows {
+                site.swallow_relay()?;
+            }
+        }
+        let started = Instant::now();
+        let transfers = TransferServer::start(&world.lab.agent.host).await?;
+        let forward = world.forward(&[&format!("127.0.0.1:{}", transfers.port)]).await?;
+        forward.reaches("relay", Duration::from_secs(12)).await?;
+        println!(
+            "swallowed at agent {at_agent}, technician {at_technician}: open after {:?}",
+            started.elapsed()
+        );
+        download(&world.lab.technician.host, forward.local[0], 1, BYTES, DEADLINE).await?;
+        for (swallows, process) in [(at_agent, &world.agent), (at_technician, &forward.process)] {
+            let last = process.events("tier").pop().context("no tier")?;
+            ensure!(!swallows || last["carrier"] == "relay-https", "{last}");
+        }
+    }
+    Ok(())
+}
+
+/// The mediator is let through, the relay's host is not: the user hears it in the proxy's words.
+async fn a_proxy_that_lets_nobody_to_the_relay_is_quoted() -> anyhow::Result<()> {
+    let mut setup = Setup::behind(ProxyKind::Squid).bare_mediator();
+    setup.topology.relays = 1;
+    let mut world = World::up(setup).await?;
+    world.relays[0].kill().await?;
+    let data = world.data("technician");
+    let forward = ["forward", AGENT, "-L", "0:127.0.0.1:22", "--data", &data];
+    let finished = world.technician(&forward)?.finish(Duration::from_secs(40)).await?;
+    println!("{}", finished.stderr.trim());
+    // The mediator may know by then that there is no relay.
+    let no_relay = finished.stderr.contains("no relay is there");
+    ensure!(
+        no_relay || finished.stderr.contains("the proxy at") && finished.stderr.contains("503"),
+        "{finished:?}"
+    );
     Ok(())
 }
 

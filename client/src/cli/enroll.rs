@@ -67,7 +67,11 @@ impl Enroll {
         };
         let identity = enrol(&token, &wanted).await?;
         if identity.role == Role::Agent && !dir.join(config::FILE).exists() {
-            store::write(&dir, config::FILE, config::template().as_bytes(), Access::Public)?;
+            // What runs as a service has another environment than this.
+            let proxy = wanted.proxies.url();
+            let access =
+                if proxy.is_some_and(|url| url.contains('@')) { Access::Secret } else { Access::Public };
+            store::write(&dir, config::FILE, config::template(proxy).as_bytes(), access)?;
         }
         self.tell(&identity, &dir);
         Ok(())

@@ -34,7 +34,8 @@ impl Launch {
                     candidates.iter().map(|(name, _)| name.to_string_lossy().into_owned()).collect();
                 for (name, arguments) in candidates {
                     let mut command = Command::new(&name);
-                    command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
+                    // It may ask on the terminal; our own output is for events.
+                    command.args(arguments).stdout(Stdio::from(io::stderr())).kill_on_drop(true);
                     match command.spawn() {
                         Ok(child) => return Some(child),
                         Err(error) if error.kind() == io::ErrorKind::NotFound => {}

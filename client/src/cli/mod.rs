@@ -142,7 +142,7 @@ enum CliError {
     #[error("the token cannot be read from {from}: {error}")]
     TokenFile { from: String, error: std::io::Error },
     #[error("{agent} did not open the session within {seconds} s{detail}")]
-    NotOpened { agent: String, seconds: u64, detail: &'static str },
+    NotOpened { agent: String, seconds: u64, detail: String },
     #[error("the session has ended: {0}")]
     Ended(String),
     #[cfg(target_os = "linux")]

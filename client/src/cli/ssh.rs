@@ -52,9 +52,10 @@ impl Ssh {
             ssh.env("ADIT_PROXY", proxy);
         }
         // Ctrl-C is for what runs over there: ssh passes it on.
+        let ignoring = tokio::spawn(async { while tokio::signal::ctrl_c().await.is_ok() {} });
         let mut child = ssh.spawn().map_err(|error| CliError::Program { name: "ssh", error })?;
-        let _signals = crate::os::Signals::new();
         let status = child.wait().await.map_err(CliError::Runtime)?;
+        ignoring.abort();
         Ok(ExitCode::from(status.code().and_then(|code| u8::try_from(code).ok()).unwrap_or(255)))
     }
 }
@@ -84,17 +85,30 @@ fn quote(word: &str) -> Option<String> {
     if word.chars().any(char::is_control) {
         return None;
     }
-    let word = word.replace('%', "%%");
     if cfg!(windows) {
-        return (!word.contains('"')).then(|| format!("\"{word}\""));
+        quote_windows(word)
+    } else {
+        Some(format!("'{}'", word.replace('%', "%%").replace('\'', r"'\''")))
     }
-    Some(format!("'{}'", word.replace('\'', r"'\''")))
 }
 
-#[cfg(all(test, unix))]
+/// There `%` may be a variable's, and a backslash before the closing quote would be its escape.
+fn quote_windows(word: &str) -> Option<String> {
+    let trailing = word.len() - word.trim_end_matches('\\').len();
+    (!word.contains(['"', '%'])).then(|| format!("\"{word}{}\"", "\\".repeat(trailing)))
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
+    #[test]
+    fn windows_quotes_are_closed() {
+        assert_eq!(quote_windows(r"D:\my adit\").as_deref(), Some(r#""D:\my adit\\""#));
+        assert_eq!(quote_windows(r"D:\%x%"), None);
+    }
+
+    #[cfg(unix)]
     #[test]
     fn words_stay_words_in_a_shell() {
         for word in ["plain", "with space", "it's", "$HOME `id` \\", "50%"] {

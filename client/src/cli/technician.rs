@@ -109,8 +109,8 @@ impl Connected {
                 self.session.tunnel.close("no way to the agent was found");
                 self.parted().await;
                 let detail = match self.via {
-                    Via::Direct => ": no direct path was found, and --via direct allows nothing else",
-                    Via::Auto | Via::Relay | Via::Redirector => "",
+                    Via::Direct => ": no direct path was found, and --via direct allows nothing else".to_owned(),
+                    _ => self.session.tunnel.trouble().map_or(String::new(), |why| format!(": the relay: {why}")),
                 };
                 Err(CliError::NotOpened { agent: self.agent.clone(), seconds: OPENED.as_secs(), detail }.into())
             }

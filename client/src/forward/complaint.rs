@@ -17,6 +17,7 @@ pub(super) struct Complaints(Mutex<Option<Last>>);
 
 #[derive(Debug)]
 struct Last {
+    target: String,
     error: StreamError,
     at: Instant,
     more: u32,
@@ -32,17 +33,18 @@ impl Complaints {
 
     fn line(&self, target: &Target, error: StreamError, now: Instant) -> Option<String> {
         let mut guard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut more = 0;
-        if let Some(last) = guard.as_mut().filter(|last| last.error == error) {
+        let (mut more, text) = (0, target.to_string());
+        if let Some(last) = guard.as_mut().filter(|last| last.error == error && last.target == text) {
             if now.saturating_duration_since(last.at) < QUIET {
                 last.more += 1;
                 return None;
             }
             more = last.more;
         }
-        *guard = Some(Last { error, at: now, more: 0 });
         let again = if more > 0 { format!(" ({more} times more since)") } else { String::new() };
-        Some(format!("{target}: {error}{again}"))
+        let line = format!("{text}: {error}{again}");
+        *guard = Some(Last { target: text, error, at: now, more: 0 });
+        Some(line)
     }
 }
 

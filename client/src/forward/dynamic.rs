@@ -24,19 +24,26 @@ use crate::tunnel::{StreamError, Tunnel};
 
 /// How long a program may take to say where it wants to.
 const GREETING: Duration = Duration::from_secs(10);
+/// How long a target may take: while there is no way to the agent, programs hear that and try again.
+const OPENED: Duration = Duration::from_secs(30);
+/// Connections at once: twice the streams of a session, for those that have not said what they want.
+const CONNECTIONS: usize = 512;
 /// First byte of SOCKS5 (RFC 1928 section 3), and of SOCKS4.
 const SOCKS5: u8 = 5;
 const SOCKS4: u8 = 4;
 /// More header fields than any program sends.
 const MAX_FIELDS: usize = 64;
 
-/// Accepts connections until it is dropped.
+/// Accepts connections until it is dropped; those above [`CONNECTIONS`] wait in the system's queue.
 pub(super) async fn serve(listener: TcpListener, tunnel: Tunnel) {
     let complaints = Arc::new(Complaints::default());
     let mut connections = JoinSet::new();
     loop {
         let tcp = tcp::accept(&listener, &mut connections).await;
         connections.spawn(pass(tcp, tunnel.clone(), complaints.clone()));
+        if connections.len() >= CONNECTIONS {
+            connections.join_next().await;
+        }
     }
 }
 
@@ -51,7 +58,8 @@ async fn pass(tcp: TcpStream, tunnel: Tunnel, complaints: Arc<Complaints>) {
         let stream = tunnel.open(&target).await.map_err(|_| StreamError::Closed)?;
         stream.opened().await.map(|()| stream)
     };
-    match opened.await {
+    let unanswered = StreamError::Reset(ResetCode::Unreachable);
+    match timeout(OPENED, opened).await.unwrap_or(Err(unanswered)) {
         Ok(stream) => {
             if let Ok(tcp) = asked.accept().await {
                 tcp::pass(tcp, stream, target, complaints).await;
@@ -143,7 +151,10 @@ impl Asked {
 
     /// It is not, and why.
     async fn refuse(self, error: StreamError) -> io::Result<()> {
-        let StreamError::Reset(code) = error else { return Ok(()) };
+        let code = match error {
+            StreamError::Reset(code) => code,
+            _ => ResetCode::SessionEnded,
+        };
         match self.by {
             By::Socks(protocol) => {
                 let reply = match code {

@@ -34,7 +34,10 @@ pub(crate) async fn connect(proxy: &Proxy, server: &str) -> Result<TcpStream, Pr
         match code {
             200..300 => return Ok(stream),
             // The first answer may have been to what was asked long ago.
-            407 => last = proxy.challenged(&challenges, attempt > 0 && answered.is_some())?,
+            407 => {
+                let answered = answered.is_some();
+                last = proxy.challenged(&challenges, answered, answered && attempt > 0)?;
+            }
             403 | 405 => return Err(ProxyError::Forbidden { code, phrase }),
             _ => return Err(ProxyError::Failed { code, phrase }),
         }
@@ -52,13 +55,19 @@ impl Proxy {
             password: &login.password,
             uri: server,
             method: "CONNECT",
-            body: Some(&[]),
+            // With a body the crate would take auth-int, and not as RFC 7616 section 3.4.3 has it.
+            body: None,
         };
         challenge.as_mut()?.respond(&params).ok()
     }
 
     /// Keeps what the proxy asks for. The error to end with when it asks again and again.
-    fn challenged(&self, challenges: &[String], answered: bool) -> Result<ProxyError, ProxyError> {
+    fn challenged(
+        &self,
+        challenges: &[String],
+        answered: bool,
+        again: bool,
+    ) -> Result<ProxyError, ProxyError> {
         if self.login.is_none() {
             return Err(ProxyError::NeedsPassword);
         }
@@ -68,11 +77,16 @@ impl Proxy {
             challenges.iter().filter_map(|text| PasswordClient::builder().challenges(text).build().ok());
         let client =
             client.max_by_key(|client| matches!(client, PasswordClient::Digest(_))).ok_or_else(schemes)?;
-        *self.challenge.lock().unwrap_or_else(PoisonError::into_inner) = Some(client);
         let stale = challenges
             .iter()
             .any(|text| text.to_ascii_lowercase().replace(['"', ' '], "").contains("stale=true"));
-        if answered && !stale { Err(ProxyError::WrongPassword) } else { Ok(ProxyError::WrongPassword) }
+        let mut challenge = self.challenge.lock().unwrap_or_else(PoisonError::into_inner);
+        // Basic is the same answer every time; the number in a digest may have been too old.
+        let basic = answered && matches!(*challenge, Some(PasswordClient::Basic(_)));
+        let wrong = basic || again && !stale;
+        // A wrong one is not sent again and again: that locks accounts.
+        *challenge = (!wrong).then_some(client);
+        if wrong { Err(ProxyError::WrongPassword) } else { Ok(ProxyError::WrongPassword) }
     }
 }
 

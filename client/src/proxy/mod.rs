@@ -27,6 +27,8 @@ const NONE: &str = "none";
 pub struct Proxies(Option<Arc<Chosen>>);
 
 struct Chosen {
+    /// As it was given, with the password.
+    url: String,
     matcher: Matcher,
     proxy: Arc<Proxy>,
 }
@@ -58,6 +60,12 @@ impl Proxies {
             .or_else(|| env(&["HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"]));
         match chosen {
             Some((_, url)) if url.is_empty() || url == NONE => Ok(Self::default()),
+            // For everything that goes out, and so perhaps for others.
+            Some((from, url)) if from.eq_ignore_ascii_case("all_proxy") => Ok(Self::named(&url, &no_proxy)
+                .unwrap_or_else(|why| {
+                    tracing::warn!("not used: the proxy of {from}: {why}");
+                    Self::default()
+                })),
             Some((from, url)) => Self::named(&url, &no_proxy).map_err(|why| InvalidProxy { from, why }),
             None => Ok(Self::default()),
         }
@@ -75,7 +83,12 @@ impl Proxies {
         let server = Uri::from_static("https://adit.invalid/");
         let Some(intercept) = everywhere.intercept(&server) else { return Err("that is no URL of a proxy") };
         let proxy = Arc::new(Proxy::of(&intercept)?);
-        Ok(Self(Some(Arc::new(Chosen { matcher, proxy }))))
+        Ok(Self(Some(Arc::new(Chosen { url: url.to_owned(), matcher, proxy }))))
+    }
+
+    /// The proxy's URL, for a file; there may be a password in it.
+    pub fn url(&self) -> Option<&str> {
+        self.0.as_ref().map(|chosen| chosen.url.as_str())
     }
 
     /// The proxy on the way to `server` (`HOST:PORT`), if there is one.
@@ -137,7 +150,7 @@ impl crate::exit::Failure for InvalidProxy {
 
     fn remedy(&self) -> Option<String> {
         Some(
-            "give http://[USER:PASSWORD@]HOST:PORT, or none; % and @ in a password are %25 and %40"
+            "give http://[USER:PASSWORD@]HOST:PORT, or none (--proxy none, ADIT_PROXY=none); % and @ in a password are %25 and %40"
                 .to_owned(),
         )
     }

@@ -1,6 +1,7 @@
 //! The relay legs of one session: which are dialled, when, and with which tickets.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use adit_protocol::DeviceId;
@@ -12,7 +13,7 @@ use tokio::time::timeout;
 use tracing::debug;
 
 use crate::identity::Identity;
-use crate::leg::{self, Leg, RelayRefused};
+use crate::leg::{self, Leg, LegError, RelayRefused};
 use crate::tls::{self, CarrierStream};
 use crate::tunnel::{CarrierInfo, Tunnel, byte_carrier};
 use crate::via::Via;
@@ -21,6 +22,9 @@ use crate::via::Via;
 const HEAD_START: Duration = Duration::from_secs(2);
 /// Connecting, waiting for the other leg (a relay waits 10 s), and the handshake.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(20);
+/// A relay answers when the other leg has come, in a round trip or two. Some firewalls take every connection, and let
+/// nothing through: after this time the other way is tried, too.
+const UNHEARD: Duration = Duration::from_secs(3);
 /// More relays than a mediator grants.
 const MAX_RELAYS: usize = 8;
 /// The longest pause while the session has no carrier at all. Milliseconds.
@@ -44,7 +48,7 @@ struct Relay {
     id: Vec<u8>,
     ticket: Option<RelayTicket>,
     dialling: bool,
-    /// The way that is tried first: 8002, until something in between took a connection there and led nowhere.
+    /// The way that is tried first: the one that led there the last time, and 8002 before that.
     first: CarrierKind,
 }
 
@@ -54,8 +58,6 @@ enum Outcome {
     /// The ticket that was shown is of no use any more.
     Spent(String, String),
     Failed(String),
-    /// A connection of this kind came about, and nothing was heard on it.
-    Swallowed(CarrierKind, String),
     /// The carrier has ended.
     Ended,
 }
@@ -194,6 +196,7 @@ impl Relays {
         match outcome {
             Outcome::Paired(connection, used) => {
                 relay.spend(&used);
+                relay.first = connection.get_ref().0.get_ref().kind();
                 (self.attempts, self.all) = (0, false);
                 self.dial_at = None;
                 let tunnel = self.dialler.tunnel.clone();
@@ -212,14 +215,6 @@ impl Relays {
             Outcome::Failed(reason) => {
                 debug!(reason, "no relay leg");
                 relay.dialling = false;
-            }
-            Outcome::Swallowed(kind, reason) => {
-                debug!(reason, carrier = kind.as_str(), "a connection to a relay led nowhere");
-                relay.dialling = false;
-                relay.first = match kind {
-                    CarrierKind::Relay => CarrierKind::RelayHttps,
-                    _ => CarrierKind::Relay,
-                };
             }
         }
         if self.running_carriers() == 0 && !self.is_dialling() && !paired && !self.dialler.tunnel.is_closed()
@@ -250,52 +245,74 @@ impl Relay {
 
 impl Dialler {
     async fn dial(&self, ticket: RelayTicket, first: CarrierKind) -> Outcome {
-        let mut connected = None;
-        let failed = match timeout(DIAL_TIMEOUT, self.connect(&ticket, first, &mut connected)).await {
-            Ok(Ok(connection)) => return Outcome::Paired(Box::new(connection), ticket.ticket),
-            Ok(Err(Outcome::Failed(reason))) => reason,
-            Ok(Err(outcome)) => return outcome,
-            Err(_) => "timed out".to_owned(),
-        };
-        match connected {
-            Some(kind) => Outcome::Swallowed(kind, failed),
-            None => Outcome::Failed(failed),
+        match timeout(DIAL_TIMEOUT, self.connect(&ticket, first)).await {
+            Ok(Ok(connection)) => Outcome::Paired(Box::new(connection), ticket.ticket),
+            Ok(Err(outcome)) => outcome,
+            Err(_) => Outcome::Failed("timed out".to_owned()),
         }
     }
 
-    /// `connected`: a connection to the relay came about, and the relay has not said a word on it.
-    async fn connect(
-        &self,
-        ticket: &RelayTicket,
-        first: CarrierKind,
-        connected: &mut Option<CarrierKind>,
-    ) -> Result<CarrierStream<Leg>, Outcome> {
+    /// By the way that is there first; when nothing is heard on it, by the other one too. The relay lets a newer leg
+    /// take an older one's place.
+    async fn connect(&self, ticket: &RelayTicket, first: CarrierKind) -> Result<CarrierStream<Leg>, Outcome> {
+        let leg = leg::dial(&self.identity, ticket, first).await.map_err(|error| self.no_leg(&error))?;
+        let (kind, heard) = (leg.kind(), leg.heard());
+        let shaking = self.shake(leg, ticket);
+        tokio::pin!(shaking);
+        if let Ok(done) = timeout(UNHEARD, &mut shaking).await {
+            return done;
+        }
+        let other = match kind {
+            CarrierKind::Relay if !ticket.https.is_empty() => CarrierKind::RelayHttps,
+            CarrierKind::RelayHttps if !ticket.addresses.is_empty() => CarrierKind::Relay,
+            _ => return shaking.await,
+        };
+        if heard.load(Ordering::Relaxed) {
+            return shaking.await;
+        }
+        debug!(carrier = kind.as_str(), "nothing is heard from the relay; trying the other way too");
+        let second = async {
+            let leg = leg::dial_by(&self.identity, ticket, other).await;
+            self.shake(leg.map_err(|error| self.no_leg(&error))?, ticket).await
+        };
+        tokio::pin!(second);
+        tokio::select! {
+            done = &mut shaking => match done {
+                Ok(connection) => Ok(connection),
+                Err(_) => second.await,
+            },
+            done = &mut second => match done {
+                Ok(connection) => Ok(connection),
+                Err(_) => shaking.await,
+            },
+        }
+    }
+
+    /// The end-to-end handshake on a leg that has shown its ticket.
+    async fn shake(&self, leg: Leg, ticket: &RelayTicket) -> Result<CarrierStream<Leg>, Outcome> {
         let config = self.config.as_ref().map_err(|error| Outcome::Failed(error.clone()))?;
-        let leg =
-            leg::dial(&self.identity, ticket, first).await.map_err(|e| Outcome::Failed(e.to_string()))?;
-        *connected = Some(leg.kind());
         let connection = match config {
             Config::Technician(config) => tls::carrier_connect(config.clone(), leg).await,
             Config::Agent(config) => tls::carrier_accept(config.clone(), leg).await,
         };
-        let connection = connection.map_err(|error| {
-            let refused = RelayRefused::of(&error);
-            if refused.is_some() {
-                *connected = None;
-            }
-            match refused {
-                Some(RelayRefused::Known(
-                    adit_protocol::leg::Status::NoPeer | adit_protocol::leg::Status::Busy,
-                ))
-                | None => Outcome::Failed(error.to_string()),
-                Some(refused) => Outcome::Spent(refused.to_string(), ticket.ticket.clone()),
-            }
+        let connection = connection.map_err(|error| match RelayRefused::of(&error) {
+            Some(RelayRefused::Known(
+                adit_protocol::leg::Status::NoPeer | adit_protocol::leg::Status::Busy,
+            ))
+            | None => Outcome::Failed(error.to_string()),
+            Some(refused) => Outcome::Spent(refused.to_string(), ticket.ticket.clone()),
         })?;
-        *connected = None;
         if !super::is_called(connection.get_ref().1.peer_certificates(), self.called.as_deref()) {
             self.tunnel.close(super::OTHER_DEVICE);
             return Err(Outcome::Failed(super::OTHER_DEVICE.to_owned()));
         }
         Ok(connection)
+    }
+
+    /// Kept for whoever waits for this session.
+    fn no_leg(&self, error: &LegError) -> Outcome {
+        let remedy = error.remedy().map_or(String::new(), |remedy| format!("; {remedy}"));
+        self.tunnel.note_trouble(format!("{error}{remedy}"));
+        Outcome::Failed(error.to_string())
     }
 }

@@ -85,6 +85,8 @@ struct State {
     armed: Option<Instant>,
     sent: u64,
     received: u64,
+    /// Why there is no way so far, for people.
+    trouble: Option<String>,
 }
 
 /// What others are told once the lock is free.
@@ -155,6 +157,7 @@ impl Tunnel {
             armed: None,
             sent: 0,
             received: 0,
+            trouble: None,
         };
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
@@ -211,6 +214,16 @@ impl Tunnel {
     /// Ends the session; the other end is told if a carrier is there.
     pub fn close(&self, reason: &str) {
         self.with(|state, _| state.session.close(reason));
+    }
+
+    /// Notes why some way to the other end is none.
+    pub(crate) fn note_trouble(&self, why: String) {
+        self.lock().trouble = Some(why);
+    }
+
+    /// Why there is no way to the other end, as far as that is known.
+    pub fn trouble(&self) -> Option<String> {
+        self.lock().trouble.clone()
     }
 
     /// Whether the session is over.

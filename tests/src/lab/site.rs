@@ -124,6 +124,13 @@ impl Site {
         self.permit("adit_https")
     }
 
+    /// From now on connections to TCP port 8002 come about, and no data passes on them; nor does UDP. Some firewalls
+    /// look at what is said before they decide.
+    pub fn swallow_relay(&self) -> anyhow::Result<()> {
+        self.block_udp()?;
+        self.forbid("adit_swallow", "tcp dport 8002 meta length > 80 drop")
+    }
+
     /// From now on nothing passes the router but TCP to and from this port of this host: a proxy's.
     pub fn only_to(&self, host: Ipv4Addr, port: u16) -> anyhow::Result<()> {
         self.forbid(

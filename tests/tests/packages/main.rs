@@ -271,7 +271,7 @@ fn relay_and_agent(machine: &Machine) -> anyhow::Result<()> {
     let named = taken.stderr.contains("adit-mediator (process")
         && taken.stderr.contains("[listen] relay in /var/lib");
     ensure!(taken.code == 2 && named, "{taken:?}");
-    machine.ok("printf '[listen]\\nrelay = \"[::]:8003\"\\nudp = \"[::]:8003\"\\n' >>/run/l; \
+    machine.ok("printf '[listen]\\nrelay = \"[::]:8003\"\\nudp = \"[::]:8003\"\\nhttps = \"[::]:8443\"\\n' >>/run/l; \
                 sed -i '/^\\[listen\\]/d' /var/lib/adit-relay/config.toml; \
                 sed -i '/^hosts/r /run/l' /var/lib/adit-relay/config.toml; rm /run/l")?;
     machine.ok("adit-relay install")?;
@@ -324,7 +324,7 @@ fn sandbox(machine: &Machine, unit: &str) -> anyhow::Result<()> {
     println!("         {unit}: listens on {}", sockets.join(", "));
     let all_as_expected = match unit {
         "adit-mediator" => sockets == ["tcp 443", "tcp 8002", "tcp 9464", "udp 8002"],
-        "adit-relay" => sockets == ["tcp 8003", "tcp 9465", "udp 8003"],
+        "adit-relay" => sockets == ["tcp 8003", "tcp 8443", "tcp 9465", "udp 8003"],
         _ => {
             let direct = |socket: &str| socket.strip_prefix("udp ").and_then(|port| port.parse().ok());
             let in_range = |port: u16| (40000..=41000).contains(&port);
