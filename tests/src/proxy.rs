@@ -154,7 +154,7 @@ async fn squid(host: &Host, kind: ProxyKind, dir: &TempDir) -> anyhow::Result<Pr
             "{listen}{scheme}visible_hostname proxy.example\nacl https port 443\nhttp_access deny !https\n{permitted}\
              http_access allow all\ncache deny all\npid_filename none\nnetdb_filename none\ncoredump_dir {at}\n\
              access_log stdio:{at}/access.log\ncache_log {at}/cache.log\nshutdown_lifetime 1 second\n\
-             pinger_enable off\nmax_filedescriptors 1024\n"
+             pinger_enable off\nmax_filedescriptors 1024\nconnect_timeout 2 seconds\nforward_timeout 4 seconds\n"
         ),
     )?;
     // In the lab's user namespace everyone is root, and squid refuses to be that.

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use adit_tests::lab::{NatKind, Topology};
+use adit_tests::lab::{NatKind, Rate, Topology};
 use adit_tests::lab_tests;
 use adit_tests::process::Process;
 use adit_tests::proxy::{self, ProxyKind};
@@ -24,6 +24,7 @@ lab_tests!(
     all_but_443_is_blocked_in_mid_session,
     a_firewall_that_takes_8002_and_lets_nothing_through,
     a_proxy_that_lets_nobody_to_the_relay_is_quoted,
+    what_443_costs_against_8002,
 );
 
 const BYTES: u64 = 16 << 20;
@@ -196,18 +197,59 @@ async fn a_firewall_that_takes_8002_and_lets_nothing_through() -> anyhow::Result
 async fn a_proxy_that_lets_nobody_to_the_relay_is_quoted() -> anyhow::Result<()> {
     let mut setup = Setup::behind(ProxyKind::Squid).bare_mediator();
     setup.topology.relays = 1;
-    let mut world = World::up(setup).await?;
-    world.relays[0].kill().await?;
+    let world = World::up(setup).await?;
+    world.lab.relays[0].refuse(&[443])?;
     let data = world.data("technician");
     let forward = ["forward", AGENT, "-L", "0:127.0.0.1:22", "--data", &data];
     let finished = world.technician(&forward)?.finish(Duration::from_secs(40)).await?;
     println!("{}", finished.stderr.trim());
-    // The mediator may know by then that there is no relay.
-    let no_relay = finished.stderr.contains("no relay is there");
+    ensure!(finished.code == 5, "{finished:?}");
     ensure!(
-        no_relay || finished.stderr.contains("the proxy at") && finished.stderr.contains("503"),
+        finished.stderr.contains("the relay: the proxy at") && finished.stderr.contains("50"),
         "{finished:?}"
     );
+    Ok(())
+}
+
+/// What the WebSocket and its TLS cost: on both legs, against plain legs, in turn in one run.
+async fn what_443_costs_against_8002() -> anyhow::Result<()> {
+    for (rate, bytes, least) in [(None, 512 << 20, 0.4), (Some(Rate(100_000_000)), 16 << 20, 0.95)] {
+        let mut topology = Topology::new(NatKind::UdpBlocked, NatKind::UdpBlocked);
+        topology.link.rate = rate;
+        let world = World::up(Setup::new(topology)).await?;
+        let transfers = TransferServer::start(&world.lab.agent.host).await?;
+        let target = format!("127.0.0.1:{}", transfers.port);
+        let plain = world.forward(&[&target]).await?;
+        last_carrier(&plain, "relay", Duration::from_secs(10)).await?;
+        world.lab.agent.only_https()?;
+        world.lab.technician.only_https()?;
+        let web = world.forward(&[&target]).await?;
+        last_carrier(&web, "relay-https", Duration::from_secs(10)).await?;
+        world.lab.agent.not_only_https()?;
+        world.lab.technician.not_only_https()?;
+        let mut times = [vec![], vec![]];
+        for round in 0..3 {
+            for (forward, times) in [&plain, &web].into_iter().zip(&mut times) {
+                let host = &world.lab.technician.host;
+                times.push(download(host, forward.local[0], round, bytes, DEADLINE).await?.as_secs_f64());
+            }
+        }
+        let [plain_time, web_time] = times.map(|mut times| {
+            times.sort_by(f64::total_cmp);
+            times[1]
+        });
+        let speed = |time: f64| bytes as f64 * 8.0 / time / 1e6;
+        let ratio = plain_time / web_time;
+        println!(
+            "{rate:?}: relay {:.0} Mbit/s, relay-https {:.0} Mbit/s: {ratio:.2}",
+            speed(plain_time),
+            speed(web_time)
+        );
+        for (forward, carrier) in [(&plain, "relay"), (&web, "relay-https")] {
+            last_carrier(forward, carrier, Duration::from_secs(1)).await?;
+        }
+        ensure!(ratio >= least, "less than {least}");
+    }
     Ok(())
 }
 

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, interval};
 
-lab_tests!(a_screen_is_shown_on_direct, a_screen_is_shown_on_the_relay, a_screen_is_shown_where_only_443_is_open, a_screen_is_shown_behind_a_proxy, adit_rdp_starts_the_client; as ordinary user: the_programs_do_it_without_adit);
+lab_tests!(a_screen_is_shown_on_direct, a_screen_is_shown_on_the_relay, a_screen_is_shown_where_only_443_is_open, a_screen_is_shown_behind_a_proxy, adit_rdp_starts_the_client, a_screen_is_shown_through_the_redirector; as ordinary user: the_programs_do_it_without_adit);
 
 async fn a_screen_is_shown_on_direct() -> anyhow::Result<()> {
     through_a_tunnel(setup(NatKind::Cone), "direct", "quic").await
@@ -49,6 +49,21 @@ async fn adit_rdp_starts_the_client() -> anyhow::Result<()> {
     ensure!(tiers.iter().any(|event| event["tier"] == "direct"), "{tiers:?}");
     process.interrupt()?;
     process.finish(PATIENCE).await?.ok()?;
+    Ok(())
+}
+
+/// The client's machine runs nothing of adit: who asked for the port sits behind the same NAT.
+async fn a_screen_is_shown_through_the_redirector() -> anyhow::Result<()> {
+    let world = World::up(setup(NatKind::Cone).redirector()).await?;
+    let service = RdpServer::start(&world.lab.agent.host).await?;
+    let (data, target) = (world.data("technician"), format!("127.0.0.1:{PORT}"));
+    let redirect = world.technician(&["redirect", AGENT, &target, "--json", "--data", &data])?;
+    let opened: serde_json::Value = serde_json::from_str(&redirect.finish(PATIENCE).await?.ok()?)?;
+    let at: SocketAddr = opened["address"].as_str().unwrap_or_default().parse()?;
+    ensure!(at.ip() == world.lab.server.address, "{opened}");
+    shows(&world.lab.technician.host, at, &service).await?;
+    let tier = world.agent.event(PATIENCE, "tier", 0, |event| Some(event["tier"].clone())).await?;
+    ensure!(tier == "redirector", "{tier}");
     Ok(())
 }
 

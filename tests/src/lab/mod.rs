@@ -195,6 +195,29 @@ impl Host {
         ))
     }
 
+    /// From now on counts what programs here send: TCP connections to anybody but `server`, and datagrams to this UDP
+    /// port. See [`Host::sent`].
+    pub fn count_sent(&self, server: Ipv4Addr, udp: u16) -> anyhow::Result<()> {
+        self.device.nft(&format!(
+            "table inet adit_canary {{
+                 counter sent {{ }}
+                 chain output {{
+                     type filter hook output priority filter;
+                     ip daddr {server} accept
+                     tcp flags & (syn | ack) == syn counter name sent
+                     udp dport {udp} counter name sent
+                 }}
+             }}"
+        ))
+    }
+
+    /// How many packets [`Host::count_sent`] has counted.
+    pub fn sent(&self) -> anyhow::Result<u64> {
+        let listed = self.device.command("nft list counter inet adit_canary sent")?;
+        let mut words = listed.split_whitespace().skip_while(|word| *word != "packets");
+        Ok(words.nth(1).context("nft shows no packets")?.parse()?)
+    }
+
     /// Starts a program here. It is killed when the [`Process`] is dropped.
     pub fn spawn(&self, mut command: Command) -> anyhow::Result<Process> {
         let environment = self.environment.lock().unwrap_or_else(PoisonError::into_inner).clone();
