@@ -33,6 +33,20 @@ pub enum Event<'a> {
         /// Why.
         reason: &'a str,
     },
+    /// A port of the redirector is used in the place of a tunnel.
+    Redirected {
+        /// `HOST:PORT`.
+        remote: &'a str,
+        /// Why.
+        reason: &'a str,
+        /// Since it was asked for.
+        since_start: Duration,
+    },
+    /// What was served is over.
+    Closed {
+        /// Why.
+        reason: &'a str,
+    },
     /// A session moved to a carrier, or ended.
     Session {
         /// Agent: which session and technician; there may be many.
@@ -104,6 +118,17 @@ fn to_json(event: &Event<'_>) -> Option<Value> {
         Event::Allowing { entries } => json!({"event": "allowing", "allow": entries}),
         Event::Online => json!({"event": "online"}),
         Event::Offline { reason } => json!({"event": "offline", "reason": printable(reason, MAX_REASON)}),
+        Event::Redirected { remote, reason, since_start } => json!({
+            "event": "tier",
+            "tier": "redirector",
+            "carrier": "redirector",
+            "local": null,
+            "remote": printable(remote, MAX_REASON),
+            "rtt_ms": null,
+            "reason": printable(reason, MAX_REASON),
+            "since_start_ms": since_start.as_millis() as u64,
+        }),
+        Event::Closed { reason } => json!({"event": "closed", "reason": printable(reason, MAX_REASON)}),
         Event::Session { whose, event } => {
             let mut value = match event {
                 SessionEvent::Tier { tier, carrier, reason, since_start } => json!({
@@ -140,11 +165,15 @@ fn to_text(event: &Event<'_>) -> Option<String> {
         Event::Allowing { entries } => format!("allowing {}", entries.join(" ")),
         Event::Online => "online".to_owned(),
         Event::Offline { reason } => format!("offline, trying again: {}", printable(reason, MAX_REASON)),
+        Event::Redirected { remote, reason, .. } => {
+            format!("redirector ({}): {}", printable(remote, MAX_REASON), printable(reason, MAX_REASON))
+        }
+        Event::Closed { reason } => format!("closed: {}", printable(reason, MAX_REASON)),
         Event::Session { whose, event } => {
             let mut line = whose.map(|(_, peer)| format!("{}: ", printable(peer, 100))).unwrap_or_default();
             match event {
-                SessionEvent::Tier { carrier, reason, .. } => {
-                    let _ = write!(line, "{} ({}", carrier.kind.tier(), carrier.kind.as_str());
+                SessionEvent::Tier { tier, carrier, reason, .. } => {
+                    let _ = write!(line, "{tier} ({}", carrier.kind.as_str());
                     if let Some(remote) = carrier.remote {
                         let _ = write!(line, " {remote}");
                     }

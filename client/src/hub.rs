@@ -49,6 +49,8 @@ type Sessions = Arc<Mutex<Known>>;
 #[derive(Default)]
 struct Known {
     open: HashMap<SessionId, Entry>,
+    /// Sessions of which a redirector is this end, and who waits for their end.
+    redirected: HashMap<SessionId, oneshot::Sender<String>>,
     /// Ended by the mediator before they were open here, and why: the newest ones.
     ended: VecDeque<(SessionId, String)>,
 }
@@ -154,6 +156,17 @@ impl Hub {
         let answer = tokio::time::timeout(time, answer).await;
         lock(&self.requests).remove(&number);
         Ok(answer.map_err(|_| RequestError::TimedOut)??)
+    }
+
+    /// Completes with the reason when the mediator says that this session, of which a redirector is this end, is over.
+    pub fn watch(&self, session: &[u8]) -> oneshot::Receiver<String> {
+        let (sender, receiver) = oneshot::channel();
+        if let Ok(id) = SessionId::try_from(session) {
+            let mut sessions = lock(&self.sessions);
+            sessions.redirected.retain(|_, waiting| !waiting.is_closed());
+            sessions.redirected.insert(id, sender);
+        }
+        receiver
     }
 
     /// Starts this end of a session that was granted. `called` is the name or device id that the user
@@ -301,6 +314,10 @@ async fn read(
 fn close(closed: &Closed, sessions: &Sessions) {
     let Ok(id) = SessionId::try_from(&closed.session[..]) else { return };
     let mut sessions = lock(sessions);
+    if let Some(waiting) = sessions.redirected.remove(&id) {
+        let _ = waiting.send(closed.reason.clone());
+        return;
+    }
     match sessions.open.get(&id) {
         Some(entry) => entry.tunnel.close(&closed.reason),
         None => {

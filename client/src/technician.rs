@@ -7,6 +7,7 @@ use std::time::Duration;
 use adit_protocol::control::{AgentInfo, Down, List, Open, Redirect, Redirected, Refused, RefusedCode, Up};
 use adit_protocol::{Target, Wanted};
 use adit_tunnel::session::End;
+use tokio::sync::oneshot;
 
 use crate::control::maintain::State;
 use crate::exit::{Exit, Failure};
@@ -95,18 +96,30 @@ impl Technician {
         target: &Target,
         source: Option<IpAddr>,
         time: Duration,
-    ) -> Result<Redirected, TechnicianError> {
+    ) -> Result<RedirectedPort, TechnicianError> {
         let redirect = |request| {
             let source = source.map_or(String::new(), |ip| ip.to_string());
             let (agent, target) = (agent.to_owned(), target.to_string());
             Up::Redirect(Redirect { request, agent, target, source, seconds: time.as_secs() })
         };
         match self.hub.request_within(REDIRECTED, redirect).await? {
-            Down::Redirected(redirected) => Ok(redirected),
+            Down::Redirected(redirected) => {
+                let ended = self.hub.watch(&redirected.session);
+                Ok(RedirectedPort { redirected, ended })
+            }
             Down::Refused(refused) => Err(TechnicianError::refused(refused)),
             _ => Err(TechnicianError::Gone),
         }
     }
+}
+
+/// A port of the redirector.
+#[derive(Debug)]
+pub struct RedirectedPort {
+    /// Where it is, for whom, and until when.
+    pub redirected: Redirected,
+    /// Why it was closed, when it is.
+    pub ended: oneshot::Receiver<String>,
 }
 
 /// Why the mediator did not do what was asked.

@@ -22,6 +22,8 @@ lab_tests!(
     without_permission_there_is_no_port,
     what_cannot_be_opened_is_said_in_a_line,
     a_grant_taken_away_closes_the_port,
+    a_local_port_leads_to_the_redirector,
+    row_20_the_redirector_is_the_last_tier_and_never_a_silent_one,
 );
 
 const BYTES: u64 = 16 << 20;
@@ -213,6 +215,86 @@ async fn a_grant_taken_away_closes_the_port() -> anyhow::Result<()> {
     let cut = within(PATIENCE, "the cut", async { cut.await? }).await?;
     println!("cut after {cut:?}");
     ensure!(cut < Duration::from_secs(5));
+    Ok(())
+}
+
+/// `adit forward --via redirector`: no tunnel at this end, and the user is told.
+async fn a_local_port_leads_to_the_redirector() -> anyhow::Result<()> {
+    let world = World::up(Setup::new(Topology::new(NatKind::Cone, NatKind::Cone)).redirector()).await?;
+    let transfers = TransferServer::start(&world.lab.agent.host).await?;
+    let data = world.data("technician");
+    let spec = format!("0:127.0.0.1:{}", transfers.port);
+    let forward = ["forward", AGENT, "-L", &spec, "--via", "redirector", "--json", "--data", &data];
+    let forward = world.technician(&forward)?;
+    let local: SocketAddr =
+        forward.event(PATIENCE, "listening", 0, |event| event["local"].as_str()?.parse().ok()).await?;
+    let tier = forward.event(PATIENCE, "tier", 0, |event| Some(event.clone())).await?;
+    println!("{tier}");
+    ensure!(tier["tier"] == "redirector" && tier["carrier"] == "redirector", "{tier}");
+    let said =
+        |lines: &[String]| lines.iter().any(|line| line.contains("can read what passes")).then_some(());
+    forward.error_output(PATIENCE, "that the server can read along", said).await?;
+    download(&world.lab.technician.host, local, 1, BYTES, DEADLINE).await?;
+    let agent = world.agent.event(PATIENCE, "tier", 0, |event| Some(event["tier"].clone())).await?;
+    ensure!(agent == "redirector", "{agent}");
+
+    let deny = ["deny", "--data", &world.data("server"), "technician", "--all"];
+    adit_tests::world::run(&world.lab.server, "adit-mediator", &deny).await?;
+    let finished = forward.finish(PATIENCE).await?;
+    println!("{}", finished.stderr);
+    ensure!(finished.code == 1 && finished.stdout.contains("\"closed\""), "{finished:?}");
+    for arguments in [
+        &["forward", AGENT, "-D", "0", "--via", "redirector", "--data", &data][..],
+        &["forward", AGENT, "-L", "0:127.0.0.1:53/udp", "--via", "redirector", "--data", &data],
+        &["stdio", AGENT, "127.0.0.1:22", "--via", "redirector", "--data", &data],
+    ] {
+        let finished = world.technician(arguments)?.finish(PATIENCE).await?;
+        println!("{}", finished.stderr);
+        ensure!(finished.code == 2, "{finished:?}");
+    }
+    Ok(())
+}
+
+/// UDP and the relay blocked at the technician's: the session fails unless both permit the redirector, and then both
+/// hear of it.
+async fn row_20_the_redirector_is_the_last_tier_and_never_a_silent_one() -> anyhow::Result<()> {
+    for permitted in [false, true] {
+        let topology = Topology::new(NatKind::UdpBlocked, NatKind::UdpBlocked).relays(1);
+        let setup = Setup::new(topology).bare_mediator();
+        let world = World::up(if permitted { setup.redirector() } else { setup }).await?;
+        let relay = world.lab.relays[0].address;
+        world.lab.technician.forbid_tcp(relay, &[443, 8002])?;
+        let transfers = TransferServer::start(&world.lab.agent.host).await?;
+        let data = world.data("technician");
+        let spec = format!("0:127.0.0.1:{}", transfers.port);
+        let forward = ["forward", AGENT, "-L", &spec, "--json", "--data", &data];
+        let forward = world.technician(&forward)?;
+        let audit = || std::fs::read_to_string(format!("{}/audit.jsonl", world.data("server")));
+        if !permitted {
+            let finished = forward.finish(DEADLINE).await?;
+            println!("{}", finished.stderr);
+            ensure!(finished.code == 5 && finished.stderr.contains("--redirector"), "{finished:?}");
+            ensure!(!finished.stdout.contains("\"tier\""), "{finished:?}");
+            ensure!(audit()?.lines().any(|line| line.contains("\"refused\"") && line.contains("redirector")));
+            continue;
+        }
+        let tier = forward.event(DEADLINE, "tier", 0, |event| Some(event.clone())).await?;
+        println!("{tier}");
+        ensure!(
+            tier["tier"] == "redirector"
+                && tier["reason"].as_str().is_some_and(|why| why.contains("did not open"))
+        );
+        let local: SocketAddr =
+            forward.event(PATIENCE, "listening", 0, |event| event["local"].as_str()?.parse().ok()).await?;
+        download(&world.lab.technician.host, local, 1, BYTES, DEADLINE).await?;
+        let agent = world.agent.event(PATIENCE, "tier", 0, |event| Some(event["tier"].clone())).await?;
+        ensure!(agent == "redirector", "{agent}");
+        ensure!(
+            audit()?
+                .lines()
+                .any(|line| line.contains("\"grant\"") && line.contains("\"tier\":\"redirector\""))
+        );
+    }
     Ok(())
 }
 

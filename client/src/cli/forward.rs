@@ -1,15 +1,19 @@
 //! `adit forward`.
 
+use std::net::SocketAddr;
+
 use adit_protocol::Wanted;
 use clap::Args;
 use tokio::task::JoinSet;
 
 use super::launch::{self, Launch};
-use super::technician::SessionArgs;
-use super::{CliError, Failed, signals};
+use super::technician::{Connected, SessionArgs};
+use super::{CliError, Failed, redirected, signals};
 use crate::events::{Event, Events};
+use crate::exit::Exit;
 use crate::forward::{ForwardSpec, Listener, ProxySpec};
 use crate::session::SessionEvent;
+use crate::via::Via;
 
 /// Make targets beside an agent reachable on local ports.
 ///
@@ -58,9 +62,18 @@ pub(super) async fn serve(
     json: bool,
     launch: Launch,
 ) -> Result<(), Failed> {
-    let wanted: Vec<Wanted> = listeners.iter().map(|listener| listener.wanted().clone()).collect();
-    let mut connected = session.open(command, &wanted).await?;
     let events = Events::new(json);
+    let (_, _, via) = session.check()?;
+    if via == Via::Redirector {
+        let technician = session.connect().await?;
+        let agent = &session.agent;
+        return redirected::serve(&technician, agent, listeners, events, "asked for with --via", launch)
+            .await;
+    }
+    let wanted: Vec<Wanted> = listeners.iter().map(|listener| listener.wanted().clone()).collect();
+    let specs: Vec<_> =
+        listeners.iter().map(|listener| (listener.local(), listener.wanted().clone())).collect();
+    let mut connected = session.open(command, &wanted).await?;
     let mut serving = JoinSet::new();
     for listener in listeners {
         events.emit(&Event::Listening { local: listener.local(), target: listener.wanted() });
@@ -71,8 +84,8 @@ pub(super) async fn serve(
     tokio::pin!(stop);
     loop {
         tokio::select! {
-            event = connected.next() => match event? {
-                Some(event) => {
+            event = connected.next() => match event {
+                Ok(Some(event)) => {
                     events.emit(&Event::Session { whose: None, event: &event });
                     match event {
                         SessionEvent::Closed { reason } => return Err(CliError::Ended(reason).into()),
@@ -82,7 +95,14 @@ pub(super) async fn serve(
                         _ => {}
                     }
                 }
-                None => return Err(CliError::Ended("its task has ended".to_owned()).into()),
+                Ok(None) => return Err(CliError::Ended("its task has ended".to_owned()).into()),
+                // Neither tier above has come about.
+                Err(not_opened) if connected.via == Via::Auto && connected.is_over() => {
+                    serving.shutdown().await;
+                    let launch = launch.unwrap_or(Launch::Nothing);
+                    return third_tier(&connected, &session.agent, specs, events, not_opened, launch).await;
+                }
+                Err(error) => return Err(error),
             },
             _ = launch::ended(&mut program) => break,
             () = &mut stop => break,
@@ -93,4 +113,28 @@ pub(super) async fn serve(
     let closed = connected.close("closed by the technician").await;
     events.emit(&Event::Session { whose: None, event: &closed });
     Ok(())
+}
+
+/// The redirector, where operator and agent permit it; else what was wrong before, and which permission is missing.
+async fn third_tier(
+    connected: &Connected,
+    agent: &str,
+    specs: Vec<(SocketAddr, Wanted)>,
+    events: Events,
+    before: Failed,
+    launch: Launch,
+) -> Result<(), Failed> {
+    let Failed(before) = before;
+    let reason = format!("{before}");
+    let mut listeners = Vec::new();
+    for (local, wanted) in specs {
+        listeners.push(Listener::bind_again(local, wanted).await?);
+    }
+    match redirected::serve(&connected.technician, agent, listeners, events, &reason, launch).await {
+        Err(Failed(error)) if error.exit() == Exit::Refused || error.exit() == Exit::Usage => {
+            Err(CliError::NoTier { before: reason, exit: before.exit(), redirector: error.to_string() }
+                .into())
+        }
+        done => done,
+    }
 }

@@ -9,6 +9,7 @@ mod launch;
 mod ls;
 mod rdp;
 mod redirect;
+mod redirected;
 #[cfg_attr(windows, path = "service_windows.rs")]
 mod service;
 mod signals;
@@ -143,6 +144,8 @@ enum CliError {
     TokenFile { from: String, error: std::io::Error },
     #[error("{agent} did not open the session within {seconds} s{detail}")]
     NotOpened { agent: String, seconds: u64, detail: String },
+    #[error("{before}; nor is there the redirector: {redirector}")]
+    NoTier { before: String, exit: Exit, redirector: String },
     #[error("the session has ended: {0}")]
     Ended(String),
     #[cfg(target_os = "linux")]
@@ -157,8 +160,10 @@ enum CliError {
     Write { file: std::path::PathBuf, error: std::io::Error },
     #[error("a path or name with such characters cannot be passed to ssh")]
     Unquotable,
-    #[error("this version forwards no local port to the redirector")]
+    #[error("this command needs a tunnel, and with --via redirector there is none")]
     NoRedirector,
+    #[error("{0}: the redirector takes single TCP targets only")]
+    NotRedirected(String),
     #[error("this command takes a TCP target, and {0} is UDP")]
     TcpOnly(adit_protocol::Target),
 }
@@ -168,12 +173,14 @@ impl Failure for CliError {
         match self {
             Self::Runtime(_) | Self::Ended(_) | Self::Program { .. } | Self::Write { .. } => Exit::Failed,
             Self::NotOpened { .. } => Exit::TimedOut,
+            Self::NoTier { exit, .. } => *exit,
             Self::Log(_)
             | Self::NoHome
             | Self::WrongRole { .. }
             | Self::TokenRole(_)
             | Self::TokenFile { .. }
             | Self::NoRedirector
+            | Self::NotRedirected(_)
             | Self::Unquotable
             | Self::TcpOnly(_) => Exit::Usage,
             #[cfg(target_os = "linux")]
@@ -193,7 +200,7 @@ impl Failure for CliError {
             }
             Self::TokenRole(_) => "on a relay: adit-relay enroll; the token is not spent".to_owned(),
             Self::TokenFile { .. } => "check the path, or give the token itself".to_owned(),
-            Self::NotOpened { .. } => {
+            Self::NotOpened { .. } | Self::NoTier { .. } => {
                 "check with `adit ls` that the agent is online; some firewall may block the ways to it"
                     .to_owned()
             }
@@ -211,7 +218,10 @@ impl Failure for CliError {
             Self::Program { name, .. } => format!("install {name}, or see that it is in PATH"),
             Self::Unquotable => "rename it, or use adit stdio as ssh's ProxyCommand".to_owned(),
             Self::NoRedirector => {
-                "use --via auto, direct or relay, or adit redirect for a port on the server".to_owned()
+                "use --via auto, direct or relay; or adit forward --via redirector".to_owned()
+            }
+            Self::NotRedirected(_) => {
+                "name TCP targets with -L, or use --via auto, direct or relay".to_owned()
             }
             Self::TcpOnly(_) => "use adit forward for UDP".to_owned(),
         })

@@ -52,7 +52,8 @@ impl Redirect {
         }
         let (_, identity) = self.data.identity(Role::Technician)?;
         let technician = Technician::connect(identity).await?;
-        let opened = technician.redirect(&self.agent, &self.target, self.source, self.ttl).await?;
+        let port = technician.redirect(&self.agent, &self.target, self.source, self.ttl).await?;
+        let opened = port.redirected;
         if let Some(file) = &self.rdp {
             let text = format!(
                 "full address:s:{}\r\nprompt for credentials:i:1\r\nadministrative session:i:0\r\n",

@@ -32,7 +32,9 @@ pub(super) struct SessionArgs {
     pub(super) agent: String,
     #[command(flatten)]
     pub(super) data: Data,
-    /// Which way: auto starts on the relay and moves to the direct path; direct and relay use that or nothing.
+    /// Which way: auto starts on the relay and moves to the direct path; direct and relay use that or nothing; redirector
+    /// is no tunnel but a port of the server, which can read what passes. Where the operator and the agent permit it, auto
+    /// takes that when there is no other way, and says so.
     #[arg(long, default_value = "auto", value_name = "TIER",
           value_parser = PossibleValuesParser::new(["auto", "direct", "relay", "redirector"]))]
     via: String,
@@ -42,9 +44,9 @@ pub(super) struct SessionArgs {
 pub(super) struct Connected {
     pub(super) session: OpenSession,
     agent: String,
-    via: Via,
+    pub(super) via: Via,
     /// Keeps the control channel up: tickets are renewed through it.
-    _technician: Technician,
+    pub(super) technician: Technician,
     _status: Option<status::Server>,
     /// The session is open, in the agent's word.
     opened: bool,
@@ -55,9 +57,6 @@ impl SessionArgs {
     /// What can be wrong without asking anyone.
     pub(super) fn check(&self) -> Result<(PathBuf, Arc<Live>, Via), Failed> {
         let via = self.via.parse().unwrap_or_default();
-        if via == Via::Redirector {
-            return Err(CliError::NoRedirector.into());
-        }
         let (dir, identity) = self.data.identity(Role::Technician)?;
         Ok((dir, identity, via))
     }
@@ -69,9 +68,18 @@ impl SessionArgs {
         words
     }
 
+    /// A connection to the mediator, for what needs no session.
+    pub(super) async fn connect(&self) -> Result<Technician, Failed> {
+        let (_, identity, _) = self.check()?;
+        Ok(Technician::connect(identity).await?)
+    }
+
     /// Asks the mediator for a session, and starts it.
     pub(super) async fn open(&self, command: &'static str, wanted: &[Wanted]) -> Result<Connected, Failed> {
         let (dir, identity, via) = self.check()?;
+        if via == Via::Redirector {
+            return Err(CliError::NoRedirector.into());
+        }
         let device = identity.get().name.clone();
         let technician = Technician::connect(identity).await?;
         let session = technician.open(&self.agent, wanted, via).await?;
@@ -87,7 +95,7 @@ impl SessionArgs {
             session,
             agent: self.agent.clone(),
             via,
-            _technician: technician,
+            technician,
             _status: status,
             opened: false,
             deadline: Instant::now() + OPENED,
@@ -115,6 +123,11 @@ impl Connected {
                 Err(CliError::NotOpened { agent: self.agent.clone(), seconds: OPENED.as_secs(), detail }.into())
             }
         }
+    }
+
+    /// Whether the session has ended.
+    pub(super) fn is_over(&self) -> bool {
+        self.session.tunnel.is_closed()
     }
 
     /// Ends the session and waits, for a moment, until the agent has heard it. The event that says so.

@@ -2,6 +2,7 @@
 
 mod complaint;
 mod dynamic;
+mod redirected;
 mod spec;
 mod tcp;
 mod udp;
@@ -52,6 +53,14 @@ impl Listener {
         Self::bind_at(address, Wanted::Any, agent).await
     }
 
+    /// Binds what another one had, which is gone.
+    ///
+    /// # Errors
+    /// [`BindError`].
+    pub async fn bind_again(local: SocketAddr, wanted: Wanted) -> Result<Self, BindError> {
+        Self::bind_at(local, wanted, "").await
+    }
+
     async fn bind_at(address: SocketAddr, wanted: Wanted, agent: &str) -> Result<Self, BindError> {
         let candidates: Vec<u16> = match address.port() {
             0 => spec::preferred_ports(agent, &wanted).take(TRIES.into()).chain([0]).collect(),
@@ -83,6 +92,18 @@ impl Listener {
     /// Where connections and datagrams go.
     pub fn wanted(&self) -> &Wanted {
         &self.wanted
+    }
+
+    /// Whether it is for connections, and not for datagrams.
+    pub fn takes_connections(&self) -> bool {
+        matches!(self.socket, Socket::Tcp(_))
+    }
+
+    /// Serves connections by others to `server` (`HOST:PORT`). Dropping the future ends them.
+    pub async fn serve_by(self, server: String) {
+        if let Socket::Tcp(listener) = self.socket {
+            redirected::serve(listener, server).await;
+        }
     }
 
     /// Serves connections or datagrams until the session is over. Dropping the future ends them.

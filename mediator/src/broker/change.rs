@@ -55,6 +55,9 @@ impl Broker {
             };
             let message: Closed = closed(session.id, reason);
             tell(session.peer(), Down::Closed(message.clone()));
+            if session.redirector.is_some() {
+                tell(&session.technician, Down::Closed(message.clone()));
+            }
             tell(&session.agent, Down::Closed(message));
             ended.push((session, reason));
         }

@@ -60,6 +60,9 @@ impl Broker {
         };
         if let Some(session) = session {
             tell(session.other(device.role), Down::Closed(closed(id, &reason)));
+            if session.redirector.is_some() {
+                tell(&session.technician, Down::Closed(closed(id, &reason)));
+            }
             self.write_down(&session, "closed", &reason, Some((device.role, &said))).await;
         } else if let Some(claimant) = claimant {
             claimant.send(Down::Closed(closed(id, &reason)));

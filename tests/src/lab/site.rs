@@ -124,6 +124,12 @@ impl Site {
         self.permit("adit_https")
     }
 
+    /// From now on no TCP passes to these ports of this host.
+    pub fn forbid_tcp(&self, host: Ipv4Addr, ports: &[u16]) -> anyhow::Result<()> {
+        let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
+        self.forbid("adit_ports", &format!("ip daddr {host} tcp dport {{ {} }} drop", ports.join(", ")))
+    }
+
     /// From now on connections to TCP port 8002 come about, and no data passes on them; nor does UDP. Some firewalls
     /// look at what is said before they decide.
     pub fn swallow_relay(&self) -> anyhow::Result<()> {

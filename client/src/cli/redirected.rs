@@ -1,0 +1,62 @@
+//! Local ports that lead to the redirector instead of through a tunnel of ours: the third tier, openly.
+
+use std::time::{Duration, Instant};
+
+use adit_protocol::Wanted;
+use tokio::task::JoinSet;
+
+use super::launch::{self, Launch};
+use super::{CliError, Failed, signals};
+use crate::events::{Event, Events, complain};
+use crate::forward::Listener;
+use crate::technician::Technician;
+
+/// For how long a port is asked for. The server may give less.
+const TIME: Duration = Duration::from_secs(12 * 60 * 60);
+
+/// Opens a port of the redirector for each listener, and serves them until Ctrl-C, until the server closes one, or until
+/// the program that is launched has ended. `reason`: why this tier.
+pub(super) async fn serve(
+    technician: &Technician,
+    agent: &str,
+    listeners: Vec<Listener>,
+    events: Events,
+    reason: &str,
+    launch: Launch,
+) -> Result<(), Failed> {
+    let started = Instant::now();
+    let mut targets = Vec::new();
+    for listener in &listeners {
+        match listener.wanted() {
+            Wanted::One(target) if listener.takes_connections() => targets.push(target.clone()),
+            wanted => return Err(CliError::NotRedirected(wanted.to_string()).into()),
+        }
+    }
+    let (mut serving, mut ends) = (JoinSet::new(), JoinSet::new());
+    for (listener, target) in listeners.into_iter().zip(targets) {
+        let port = technician.redirect(agent, &target, None, TIME).await?;
+        let address = port.redirected.address.clone();
+        events.emit(&Event::Listening { local: listener.local(), target: listener.wanted() });
+        events.emit(&Event::Redirected { remote: &address, reason, since_start: started.elapsed() });
+        serving.spawn(listener.serve_by(address));
+        ends.spawn(port.ended);
+    }
+    complain(
+        "tier redirector: the server is an end of this and can read what passes; one connection at a time",
+    );
+    let mut program = launch.start();
+    let stop = signals::stop();
+    tokio::pin!(stop);
+    tokio::select! {
+        Some(ended) = ends.join_next() => {
+            let reason = ended.ok().and_then(Result::ok).unwrap_or_else(|| "the server closed the port".to_owned());
+            events.emit(&Event::Closed { reason: &reason });
+            return Err(CliError::Ended(reason).into());
+        }
+        _ = launch::ended(&mut program) => {}
+        () = &mut stop => {}
+    }
+    serving.shutdown().await;
+    events.emit(&Event::Closed { reason: "closed by the technician" });
+    Ok(())
+}
