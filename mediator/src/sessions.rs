@@ -490,6 +490,31 @@ mod tests {
     }
 
     #[test]
+    fn a_redirected_session_has_three_parties_and_a_rule_of_its_own() {
+        let (presence, now) = (Presence::default(), Instant::now());
+        let parties = [(Role::Technician, 1), (Role::Agent, 2), (Role::Relay, 3), (Role::Relay, 4)];
+        let [technician, agent, server, other] = parties.map(|(role, id)| channel(&presence, role, id));
+        let redirecting = session(1, &server, &agent, now).technician;
+        let mut session = session(1, &technician, &agent, now);
+        session.redirector = Some(Redirecting { end: redirecting, relay: server.device.id });
+        let id = session.id;
+        let mut sessions = Sessions::default();
+        assert!(sessions.insert(session.clone()));
+        assert_eq!(session.peer().device.id, server.device.id);
+        assert_eq!(session.other(Role::Agent).device.id, server.device.id);
+        assert_eq!(session.other(Role::Relay).device.id, agent.device.id);
+        // All three may end it, and no other relay.
+        assert!(sessions.of(id, &technician.device).is_some() && sessions.of(id, &server.device).is_some());
+        assert!(sessions.remove(id, &other.device).is_none());
+        // The grant for tunnels is not enough.
+        let (ended, _) = sessions.forbid(|_, _| true, |_, _| false);
+        assert_eq!(ended.len(), 1);
+        assert!(sessions.insert(session));
+        assert!(sessions.redirected_by(other.device.id).is_empty());
+        assert_eq!(sessions.redirected_by(server.device.id).len(), 1);
+    }
+
+    #[test]
     fn one_ends_word_for_a_session_that_is_not_permitted_is_refused_then_and_later() {
         let (presence, now) = (Presence::default(), Instant::now());
         let (technician, agent) =

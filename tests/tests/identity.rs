@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use adit_tests::lab::{NatKind, Rate, Topology};
+use adit_tests::proxy::ProxyKind;
 use adit_tests::traffic::{TransferServer, download};
 use adit_tests::world::{AGENT, Setup, World, run};
 use adit_tests::{lab_tests, poll};
@@ -16,6 +17,7 @@ lab_tests!(
     row_22_stolen_key_on_the_relay,
     row_22_stolen_key_on_the_direct_path,
     row_24_secrets,
+    row_24_a_proxys_password,
     fault_clock_wrong_by_a_day,
 );
 
@@ -131,6 +133,34 @@ async fn row_24_secrets() -> anyhow::Result<()> {
         );
     }
     println!("{} secrets in none of {logged} bytes of logs and {lines} command lines", secrets.len());
+    Ok(())
+}
+
+/// The password of a proxy: in no log, on no command line, and in a file of its owner's alone.
+async fn row_24_a_proxys_password() -> anyhow::Result<()> {
+    adit_tests::world::log("trace,hyper_util=trace");
+    let world = World::up(Setup::behind(ProxyKind::SquidBasic)).await?;
+    let server = TransferServer::start(&world.lab.agent.host).await?;
+    let forward = world.forward(&[&format!("127.0.0.1:{}", server.port)]).await?;
+    forward.reaches("relay", PATIENCE).await?;
+    download(&world.lab.technician.host, forward.local[0], 7, 1 << 20, PATIENCE).await?;
+    // Enrolment remembered the proxy: the agent needs no environment.
+    let file = format!("{}/config.toml", world.data("agent"));
+    let (text, mode) = (std::fs::read_to_string(&file)?, std::fs::metadata(&file)?.permissions().mode());
+    ensure!(
+        text.contains("\nproxy = \"http://anna:Geheim-42@") && mode & 0o077 == 0,
+        "mode {mode:o}: {text}"
+    );
+    let outputs = adit_tests::process::all_outputs();
+    ensure!(outputs.iter().any(|text| text.contains("TRACE")), "nothing was logged at TRACE");
+    // As it is, and as Basic has it.
+    for secret in ["Geheim-42", "YW5uYTpHZWhlaW0tNDI="] {
+        ensure!(!outputs.iter().any(|text| text.contains(secret)), "{secret} is in a log");
+        for process in std::fs::read_dir("/proc")?.flatten() {
+            let line = std::fs::read(process.path().join("cmdline")).unwrap_or_default();
+            ensure!(!String::from_utf8_lossy(&line).contains(secret), "{secret} stands on a command line");
+        }
+    }
     Ok(())
 }
 

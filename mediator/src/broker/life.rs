@@ -95,7 +95,9 @@ impl Broker {
 
     /// A device has come (back) with these sessions.
     pub async fn hello(&self, channel: &Channel, named: &[LiveSession]) {
-        let permits = |technician, agent| self.may_reach(technician, agent);
+        // A redirector's session goes on at its two ends; what is not known here any more ends with the next change.
+        let redirector = |id| self.directory.get(id).is_some_and(|device| device.role == Role::Relay);
+        let permits = |one, agent| self.may_reach(one, agent) || redirector(one);
         let greeted = self.sessions().greet(channel, named, permits, Instant::now());
         for session in &greeted.gone {
             let reason = "the agent has been restarted";

@@ -5,8 +5,8 @@ use std::time::Instant;
 use adit_client::identity::certificate::{Subject, request};
 use adit_protocol::control::{
     AgentInfo, Agents, Answer, Candidates, Closed, Down, Grant, Hello, IceCredentials, List, LiveSession,
-    Open, Probe, Probed, Reached, Refused, RelayTicket, RelayUp, Renew, Revocations, Tickets, Tier, ToDevice,
-    ToMediator, Up, Update, Welcome,
+    Open, Probe, Probed, Reached, Redirect, Redirected, Refused, RelayTicket, RelayUp, Renew, Revocations,
+    Serve, Served, Tickets, Tier, ToDevice, ToMediator, Up, Update, Welcome,
 };
 use adit_protocol::enrol::{Granted, Outcome, Request, Response};
 use adit_protocol::frame::{self, Frame, Position};
@@ -300,6 +300,14 @@ pub(super) fn control() -> Vec<Vec<u8>> {
         Up::RelayUp(RelayUp { epoch: 3, addresses: vec!["192.0.2.1:8002".into()], ..Default::default() }),
         Up::Tier(Tier { session: id(), tier: "direct".into(), ..Default::default() }),
         Up::Probed(Probed { request: 3, results: vec![reached] }),
+        Up::Redirect(Redirect {
+            request: 4,
+            agent: "desk".into(),
+            target: "127.0.0.1:3389".into(),
+            source: "2001:db8::1".into(),
+            seconds: 600,
+        }),
+        Up::Served(Served { request: 4, port: 50_000, error: String::new() }),
     ];
     let down = [
         Down::Welcome(Welcome { protocol_version: 1, name: "desk".into(), ..Default::default() }),
@@ -308,7 +316,21 @@ pub(super) fn control() -> Vec<Vec<u8>> {
         Down::Revocations(Revocations { list: vec![1; 40] }),
         Down::Agents(Agents { request: 1, agents: vec![desk] }),
         Down::Granted(grant.clone()),
-        Down::Offer(grant),
+        Down::Offer(grant.clone()),
+        Down::Serve(Serve {
+            request: 4,
+            grant: Some(grant),
+            target: "127.0.0.1:3389".into(),
+            source: "192.0.2.9".into(),
+            seconds: 600,
+        }),
+        Down::Redirected(Redirected {
+            request: 4,
+            session: id(),
+            address: "192.0.2.1:50000".into(),
+            source: "192.0.2.9".into(),
+            expires: NOW,
+        }),
         Down::Candidates(Candidates { session: id(), candidates: vec![], seen: "192.0.2.9:40000".into() }),
         Down::Closed(Closed { session: id(), reason: "revoked".into(), ..Default::default() }),
         Down::Tickets(Tickets { session: id(), relays: relays() }),
