@@ -164,7 +164,11 @@ impl Hub {
         if let Ok(id) = SessionId::try_from(session) {
             let mut sessions = lock(&self.sessions);
             sessions.redirected.retain(|_, waiting| !waiting.is_closed());
-            sessions.redirected.insert(id, sender);
+            // Its end may have come right behind the word that it is there.
+            match sessions.ended.iter().find(|(ended, _)| *ended == id) {
+                Some((_, reason)) => drop(sender.send(reason.clone())),
+                None => drop(sessions.redirected.insert(id, sender)),
+            }
         }
         receiver
     }

@@ -4,7 +4,9 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use adit_protocol::control::{AgentInfo, Down, List, Open, Redirect, Redirected, Refused, RefusedCode, Up};
+use adit_protocol::control::{
+    AgentInfo, Closed, Down, List, Open, Redirect, Redirected, Refused, RefusedCode, Up,
+};
 use adit_protocol::{Target, Wanted};
 use adit_tunnel::session::End;
 use tokio::sync::oneshot;
@@ -111,6 +113,18 @@ impl Technician {
             _ => Err(TechnicianError::Gone),
         }
     }
+
+    /// Gives a port of the redirector back. It is on its way when this returns.
+    pub async fn end_redirected(&self, redirected: &Redirected) {
+        let (session, reason) = (redirected.session.clone(), "closed by the technician".to_owned());
+        let closed = Closed { session, reason, bytes_sent: 0, bytes_received: 0 };
+        let _ = self.hub.control().send(Up::Closed(closed)).await;
+    }
+
+    /// Ends the control channel; what was sent before is on its way when this returns.
+    pub async fn close(&self) {
+        self.hub.control().close().await;
+    }
 }
 
 /// A port of the redirector.
@@ -181,7 +195,9 @@ impl Failure for TechnicianError {
                 RefusedCode::UnknownAgent | RefusedCode::AgentRefused | RefusedCode::NotPermitted => {
                     Exit::Refused
                 }
-                RefusedCode::AgentOffline | RefusedCode::NoRelay => Exit::Unreachable,
+                RefusedCode::AgentOffline | RefusedCode::NoRelay | RefusedCode::Unreachable => {
+                    Exit::Unreachable
+                }
                 RefusedCode::Unspecified | RefusedCode::Unavailable => Exit::Failed,
             },
         }

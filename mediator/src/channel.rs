@@ -134,7 +134,7 @@ async fn relay_up(channel: &Channel, broker: &Broker, up: RelayUp) {
         addresses: up.addresses,
         stun: up.stun,
         https: up.https,
-        redirector: up.redirector,
+        redirector: up.redirector && broker.may_be_redirector(&channel.device),
         channel: Some(channel.id),
     };
     relay.keep_hosts(&channel.device.hosts);

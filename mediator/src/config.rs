@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use adit_client::identity::store::{self, Access};
-use adit_relay::config::{Ports, Redirector};
+use adit_relay::config::{Ports, off_or_range};
 use adit_relay::door::Crowd;
 use adit_relay::run::host_port;
 use serde::Deserialize;
@@ -69,6 +69,23 @@ pub struct P2p {
     pub ports: String,
     /// Whether devices may probe with many sockets. Not in this version: none does.
     pub many_socket_probing: bool,
+}
+
+/// Section `[redirector]`.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Redirector {
+    /// TCP ports of the redirector in this process, one for each granted session.
+    #[serde(deserialize_with = "off_or_range")]
+    pub ports: Option<Ports>,
+    /// Names of relays elsewhere that may be redirectors, too, and so read what passes.
+    pub relays: Vec<String>,
+}
+
+impl Default for Redirector {
+    fn default() -> Self {
+        Self { ports: adit_relay::config::Redirector::default().ports, relays: vec![] }
+    }
 }
 
 impl Config {
@@ -151,6 +168,8 @@ many_socket_probing = {many_socket_probing}
 # TCP ports for technicians with nothing installed, one for each session that a grant with --redirector allows and the
 # agent permits, FIRST-LAST; "" turns it off. The server can read what passes there.
 ports = "{redirector}"
+# Relays on other machines that may be redirectors, too, by name: as a relay, one sees ciphertext only.
+relays = []
 
 [limits]
 # Connections that have not shown who they are; and the same of one source (an IPv6 source is a /64).

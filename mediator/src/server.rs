@@ -54,7 +54,7 @@ use crate::stun;
 /// part, from that to the answer.
 const AUTHENTICATE: Duration = Duration::from_secs(5);
 /// Orders that the redirector in this process may have waiting.
-const ORDERS: usize = 64;
+const ORDERS: usize = 4096;
 /// Control channels at once.
 const MAX_CHANNELS: usize = 20_000;
 
@@ -142,6 +142,7 @@ impl Mediator {
         let audit = Audit::open(&dir.join(AUDIT))?;
         let broker = Broker::new(store, audit, organisation.keyring(), seed).await.map_err(database)?;
         broker.set_greeting(greeting(config, ticket_key.public_key()));
+        broker.set_redirectors(config.redirector.relays.clone());
         broker.load_list().await.map_err(database)?;
         let mut registry = Registry::default();
         metrics::register(&mut registry, broker.clone());

@@ -49,6 +49,8 @@ pub struct Redirecting {
     pub end: End,
     /// The relay in the same process, through which it reaches the agent.
     pub relay: DeviceId,
+    /// And its boot epoch.
+    pub epoch: u64,
 }
 
 /// A session.
@@ -337,12 +339,12 @@ impl Sessions {
     pub fn forbid(
         &mut self,
         permits: impl Fn(DeviceId, DeviceId) -> bool,
-        redirects: impl Fn(DeviceId, DeviceId) -> bool,
+        redirects: impl Fn(&Session) -> bool,
     ) -> (Vec<Session>, Vec<(SessionId, Channel)>) {
         let live = self.live.extract_if(|_, session| {
             let (technician, agent) = (session.technician.device.id, session.agent.device.id);
             !match session.redirector {
-                Some(_) => redirects(technician, agent),
+                Some(_) => redirects(session),
                 None => permits(technician, agent),
             }
         });
@@ -350,10 +352,27 @@ impl Sessions {
         (live.map(|(_, session)| session).collect(), claims.map(|(id, claim)| (id, claim.channel)).collect())
     }
 
-    /// Takes out the sessions whose end was in this relay's process, which is no more.
-    pub fn redirected_by(&mut self, relay: DeviceId) -> Vec<Session> {
-        let ours = |session: &Session| session.redirector.as_ref().is_some_and(|end| end.relay == relay);
-        self.live.extract_if(|_, session| ours(session)).map(|(_, session)| session).collect()
+    /// A relay has come (back): the redirected sessions of its process hear from it on this channel from now on. Takes out
+    /// those of an earlier process, which is no more.
+    pub fn redirected_by(&mut self, relay: DeviceId, epoch: u64, channel: Option<&Channel>) -> Vec<Session> {
+        for session in self.live.values_mut() {
+            let ours = session.redirector.as_mut().filter(|end| (end.relay, end.epoch) == (relay, epoch));
+            if let (Some(redirector), Some(channel)) = (ours, channel) {
+                redirector.end.channel = Some(channel.clone());
+                session.away = None;
+            }
+        }
+        let lost = |session: &Session| {
+            session.redirector.as_ref().is_some_and(|end| end.relay == relay && end.epoch != epoch)
+        };
+        self.live.extract_if(|_, session| lost(session)).map(|(_, session)| session).collect()
+    }
+
+    /// How many redirected sessions this technician has.
+    pub fn redirected_for(&self, technician: DeviceId) -> usize {
+        let theirs =
+            |session: &&Session| session.redirector.is_some() && session.technician.device.id == technician;
+        self.live.values().filter(theirs).count()
     }
 
     /// Forgets sessions whose ends have both been away for long, and old claims.
@@ -484,7 +503,7 @@ mod tests {
         for id in [1, 3] {
             sessions.insert(session(id, &channel(&presence, Role::Technician, id), &agent, now));
         }
-        let (ended, _) = sessions.forbid(|technician, _| technician == DeviceId([3; 16]), |_, _| false);
+        let (ended, _) = sessions.forbid(|technician, _| technician == DeviceId([3; 16]), |_| false);
         assert_eq!(ended.iter().map(|session| session.id).collect::<Vec<_>>(), [SessionId([1; 16])]);
         assert_eq!(sessions.len(), 1);
     }
@@ -496,7 +515,7 @@ mod tests {
         let [technician, agent, server, other] = parties.map(|(role, id)| channel(&presence, role, id));
         let redirecting = session(1, &server, &agent, now).technician;
         let mut session = session(1, &technician, &agent, now);
-        session.redirector = Some(Redirecting { end: redirecting, relay: server.device.id });
+        session.redirector = Some(Redirecting { end: redirecting, relay: server.device.id, epoch: 5 });
         let id = session.id;
         let mut sessions = Sessions::default();
         assert!(sessions.insert(session.clone()));
@@ -507,11 +526,17 @@ mod tests {
         assert!(sessions.of(id, &technician.device).is_some() && sessions.of(id, &server.device).is_some());
         assert!(sessions.remove(id, &other.device).is_none());
         // The grant for tunnels is not enough.
-        let (ended, _) = sessions.forbid(|_, _| true, |_, _| false);
+        let (ended, _) = sessions.forbid(|_, _| true, |_| false);
         assert_eq!(ended.len(), 1);
         assert!(sessions.insert(session));
-        assert!(sessions.redirected_by(other.device.id).is_empty());
-        assert_eq!(sessions.redirected_by(server.device.id).len(), 1);
+        assert_eq!(sessions.redirected_for(technician.device.id), 1);
+        // The same process on a new channel keeps it; another process has lost it.
+        sessions.detach(server.id, now);
+        let back = channel(&presence, Role::Relay, 3);
+        assert!(sessions.redirected_by(other.device.id, 6, None).is_empty());
+        assert!(sessions.redirected_by(server.device.id, 5, Some(&back)).is_empty());
+        assert_eq!(sessions.get(id).and_then(|s| s.peer().channel.as_ref().map(|own| own.id)), Some(back.id));
+        assert_eq!(sessions.redirected_by(server.device.id, 6, Some(&back)).len(), 1);
     }
 
     #[test]
@@ -527,7 +552,7 @@ mod tests {
         let ids = |closed: &[(SessionId, Channel)]| closed.iter().map(|(id, _)| *id).collect::<Vec<_>>();
         assert_eq!(ids(&greeted.forbidden), [SessionId([8; 16])]);
         // With one who loses it before it comes back itself, then.
-        let (ended, claimants) = sessions.forbid(|_, _| false, |_, _| false);
+        let (ended, claimants) = sessions.forbid(|_, _| false, |_| false);
         assert!(ended.is_empty());
         assert_eq!(ids(&claimants), [SessionId([7; 16])]);
         assert_eq!(claimants[0].1.id, agent.id);

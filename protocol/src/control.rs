@@ -450,6 +450,9 @@ pub struct Served {
     /// Why there is none, for people.
     #[prost(string, tag = "3")]
     pub error: String,
+    /// Nobody said no: agent or target could not be reached.
+    #[prost(bool, tag = "4")]
+    pub unreachable: bool,
 }
 
 /// See [`Up::Tier`].
@@ -569,6 +572,8 @@ pub enum RefusedCode {
     NoRelay = 5,
     /// The mediator cannot write its audit record or database.
     Unavailable = 6,
+    /// Agent or target cannot be reached.
+    Unreachable = 7,
 }
 
 #[cfg(test)]

@@ -190,7 +190,10 @@ impl Failure for ConfigError {
 }
 
 /// A range of ports, or `""` for off.
-fn off_or_range<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Ports>, D::Error> {
+///
+/// # Errors
+/// It is neither.
+pub fn off_or_range<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Ports>, D::Error> {
     let text = String::deserialize(deserializer)?;
     if text.is_empty() { Ok(None) } else { text.parse().map(Some).map_err(serde::de::Error::custom) }
 }

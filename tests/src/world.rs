@@ -116,6 +116,14 @@ impl World {
 
         let (server, address) = (&lab.server, lab.server.address.to_string());
         run(server, "adit-mediator", &["init", "--data", &dir("server"), "--host", &address]).await?;
+        if setup.redirector && !lab.relays.is_empty() {
+            let file = format!("{}/config.toml", dir("server"));
+            let names: Vec<String> =
+                lab.relays.iter().map(|host| format!("{:?}", host.address.to_string())).collect();
+            let relays = format!("\nrelays = [{}]\n", names.join(", "));
+            let config = std::fs::read_to_string(&file)?.replace("\nrelays = []\n", &relays);
+            std::fs::write(&file, config)?;
+        }
         let relay = if setup.embedded_relay { "on" } else { "off" };
         let mediator = start(server, "adit-mediator", &["run", "--data", &dir("server"), "--relay", relay])?;
         accepts(server, (server.address, 443).into()).await?;

@@ -176,14 +176,14 @@ async fn without_permission_there_is_no_port() -> anyhow::Result<()> {
 
 async fn what_cannot_be_opened_is_said_in_a_line() -> anyhow::Result<()> {
     let mut world = World::up(Setup::new(Topology::new(NatKind::Cone, NatKind::Cone)).redirector()).await?;
-    for (target, options, said) in [
-        ("127.0.0.1:9", &[][..], "127.0.0.1:9: the target refused the connection"),
-        ("198.51.100.1:22", &[], "198.51.100.1:22: the agent's allow list"),
+    for (target, code, said) in [
+        ("127.0.0.1:9", 4, "127.0.0.1:9: the target refused the connection"),
+        ("198.51.100.1:22", 3, "198.51.100.1:22: the agent's allow list"),
     ] {
-        let failed = try_redirect(&world, target, options).await?;
+        let failed = try_redirect(&world, target, &[]).await?;
         println!("{}", failed.stderr);
         ensure!(
-            failed.code != 0 && failed.stderr.contains(said) && failed.stderr.lines().count() <= 2,
+            failed.code == code && failed.stderr.contains(said) && failed.stderr.lines().count() <= 2,
             "{failed:?}"
         );
     }
@@ -234,10 +234,26 @@ async fn a_local_port_leads_to_the_redirector() -> anyhow::Result<()> {
     let said =
         |lines: &[String]| lines.iter().any(|line| line.contains("can read what passes")).then_some(());
     forward.error_output(PATIENCE, "that the server can read along", said).await?;
-    download(&world.lab.technician.host, local, 1, BYTES, DEADLINE).await?;
+    // One after the other, as fast as they come: each takes the place of the one before.
+    for round in 0..5 {
+        download(&world.lab.technician.host, local, round, BYTES, DEADLINE).await?;
+    }
     let agent = world.agent.event(PATIENCE, "tier", 0, |event| Some(event["tier"].clone())).await?;
     ensure!(agent == "redirector", "{agent}");
 
+    // Ctrl-C closes the door on the server, too.
+    let first: SocketAddr = tier["remote"].as_str().unwrap_or_default().parse()?;
+    forward.interrupt()?;
+    forward.finish(PATIENCE).await?.ok()?;
+    world.agent.event(PATIENCE, "closed", 0, |event| Some(event["reason"].clone())).await?;
+    let closed = world.lab.technician.host.task(async move {
+        poll(PATIENCE, "the port to be closed", async || TcpStream::connect(first).await.err()).await
+    })?;
+    println!("after Ctrl-C: {}", within(PATIENCE, "the port to be closed", async { closed.await? }).await?);
+
+    let again = ["forward", AGENT, "-L", &spec, "--via", "redirector", "--json", "--data", &data];
+    let forward = world.technician(&again)?;
+    forward.event(PATIENCE, "tier", 0, |_| Some(())).await?;
     let deny = ["deny", "--data", &world.data("server"), "technician", "--all"];
     adit_tests::world::run(&world.lab.server, "adit-mediator", &deny).await?;
     let finished = forward.finish(PATIENCE).await?;

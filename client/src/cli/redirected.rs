@@ -3,7 +3,9 @@
 use std::time::{Duration, Instant};
 
 use adit_protocol::Wanted;
+use adit_protocol::control::Redirected;
 use tokio::task::JoinSet;
+use tokio::time::sleep;
 
 use super::launch::{self, Launch};
 use super::{CliError, Failed, signals};
@@ -11,8 +13,9 @@ use crate::events::{Event, Events, complain};
 use crate::forward::Listener;
 use crate::technician::Technician;
 
-/// For how long a port is asked for. The server may give less.
-const TIME: Duration = Duration::from_secs(12 * 60 * 60);
+/// For how long a port is asked for: a working session, and no longer than a door should stand open behind a program that
+/// was killed.
+const TIME: Duration = Duration::from_secs(4 * 60 * 60);
 
 /// Opens a port of the redirector for each listener, and serves them until Ctrl-C, until the server closes one, or until
 /// the program that is launched has ended. `reason`: why this tier.
@@ -23,6 +26,33 @@ pub(super) async fn serve(
     events: Events,
     reason: &str,
     launch: Launch,
+) -> Result<(), Failed> {
+    let mut ports = Vec::new();
+    let done = tokio::select! {
+        done = serve_all(technician, agent, listeners, events, reason, launch, &mut ports) => done,
+        () = signals::stop() => Ok(()),
+    };
+    // Whatever it ended with, the server keeps no door open.
+    for port in &ports {
+        technician.end_redirected(port).await;
+    }
+    technician.close().await;
+    match &done {
+        Ok(()) => events.emit(&Event::Closed { reason: "closed by the technician" }),
+        Err(Failed(error)) if !ports.is_empty() => events.emit(&Event::Closed { reason: &error.to_string() }),
+        Err(_) => {}
+    }
+    done
+}
+
+async fn serve_all(
+    technician: &Technician,
+    agent: &str,
+    listeners: Vec<Listener>,
+    events: Events,
+    reason: &str,
+    launch: Launch,
+    ports: &mut Vec<Redirected>,
 ) -> Result<(), Failed> {
     let started = Instant::now();
     let mut targets = Vec::new();
@@ -36,6 +66,8 @@ pub(super) async fn serve(
     for (listener, target) in listeners.into_iter().zip(targets) {
         let port = technician.redirect(agent, &target, None, TIME).await?;
         let address = port.redirected.address.clone();
+        ports.push(port.redirected);
+        tracing::warn!(%target, address, "tier redirector: the server can read what passes");
         events.emit(&Event::Listening { local: listener.local(), target: listener.wanted() });
         events.emit(&Event::Redirected { remote: &address, reason, since_start: started.elapsed() });
         serving.spawn(listener.serve_by(address));
@@ -45,18 +77,13 @@ pub(super) async fn serve(
         "tier redirector: the server is an end of this and can read what passes; one connection at a time",
     );
     let mut program = launch.start();
-    let stop = signals::stop();
-    tokio::pin!(stop);
-    tokio::select! {
+    let reason = tokio::select! {
         Some(ended) = ends.join_next() => {
-            let reason = ended.ok().and_then(Result::ok).unwrap_or_else(|| "the server closed the port".to_owned());
-            events.emit(&Event::Closed { reason: &reason });
-            return Err(CliError::Ended(reason).into());
+            ended.ok().and_then(Result::ok).unwrap_or_else(|| "the server closed the port".to_owned())
         }
-        _ = launch::ended(&mut program) => {}
-        () = &mut stop => {}
-    }
+        () = sleep(TIME) => "its time is over".to_owned(),
+        _ = launch::ended(&mut program) => return Ok(()),
+    };
     serving.shutdown().await;
-    events.emit(&Event::Closed { reason: "closed by the technician" });
-    Ok(())
+    Err(CliError::Ended(reason).into())
 }

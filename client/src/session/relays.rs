@@ -53,8 +53,8 @@ struct Relay {
 }
 
 enum Outcome {
-    /// Both legs are there: the ticket that was shown is spent.
-    Paired(Box<CarrierStream<Leg>>, String),
+    /// Both legs are there: the ticket that was shown is spent. And the way to try first the next time.
+    Paired(Box<CarrierStream<Leg>>, String, CarrierKind),
     /// The ticket that was shown is of no use any more.
     Spent(String, String),
     Failed(String),
@@ -194,9 +194,9 @@ impl Relays {
         let Some(relay) = self.relays.get_mut(index) else { return };
         let paired = matches!(outcome, Outcome::Paired(..));
         match outcome {
-            Outcome::Paired(connection, used) => {
+            Outcome::Paired(connection, used, first) => {
                 relay.spend(&used);
-                relay.first = connection.get_ref().0.get_ref().kind();
+                relay.first = first;
                 (self.attempts, self.all) = (0, false);
                 self.dial_at = None;
                 let tunnel = self.dialler.tunnel.clone();
@@ -246,7 +246,7 @@ impl Relay {
 impl Dialler {
     async fn dial(&self, ticket: RelayTicket, first: CarrierKind) -> Outcome {
         match timeout(DIAL_TIMEOUT, self.connect(&ticket, first)).await {
-            Ok(Ok(connection)) => Outcome::Paired(Box::new(connection), ticket.ticket),
+            Ok(Ok((connection, first))) => Outcome::Paired(Box::new(connection), ticket.ticket, first),
             Ok(Err(outcome)) => outcome,
             Err(_) => Outcome::Failed("timed out".to_owned()),
         }
@@ -254,21 +254,25 @@ impl Dialler {
 
     /// By the way that is there first; when nothing is heard on it, by the other one too. The relay lets a newer leg
     /// take an older one's place.
-    async fn connect(&self, ticket: &RelayTicket, first: CarrierKind) -> Result<CarrierStream<Leg>, Outcome> {
+    async fn connect(
+        &self,
+        ticket: &RelayTicket,
+        first: CarrierKind,
+    ) -> Result<(CarrierStream<Leg>, CarrierKind), Outcome> {
         let leg = leg::dial(&self.identity, ticket, first).await.map_err(|error| self.no_leg(&error))?;
         let (kind, heard) = (leg.kind(), leg.heard());
         let shaking = self.shake(leg, ticket);
         tokio::pin!(shaking);
         if let Ok(done) = timeout(UNHEARD, &mut shaking).await {
-            return done;
+            return done.map(|connection| (connection, kind));
         }
         let other = match kind {
             CarrierKind::Relay if !ticket.https.is_empty() => CarrierKind::RelayHttps,
             CarrierKind::RelayHttps if !ticket.addresses.is_empty() => CarrierKind::Relay,
-            _ => return shaking.await,
+            _ => return shaking.await.map(|connection| (connection, kind)),
         };
         if heard.load(Ordering::Relaxed) {
-            return shaking.await;
+            return shaking.await.map(|connection| (connection, kind));
         }
         debug!(carrier = kind.as_str(), "nothing is heard from the relay; trying the other way too");
         let second = async {
@@ -276,16 +280,18 @@ impl Dialler {
             self.shake(leg.map_err(|error| self.no_leg(&error))?, ticket).await
         };
         tokio::pin!(second);
-        tokio::select! {
+        let connection = tokio::select! {
             done = &mut shaking => match done {
-                Ok(connection) => Ok(connection),
-                Err(_) => second.await,
+                Ok(connection) => return Ok((connection, kind)),
+                Err(_) => second.await?,
             },
             done = &mut second => match done {
-                Ok(connection) => Ok(connection),
-                Err(_) => shaking.await,
+                Ok(connection) => connection,
+                Err(_) => return shaking.await.map(|connection| (connection, kind)),
             },
-        }
+        };
+        // A word on the first way, if only that a newer leg took its place: that way is open, and the other end was late.
+        Ok((connection, if heard.load(Ordering::Relaxed) { kind } else { other }))
     }
 
     /// The end-to-end handshake on a leg that has shown its ticket.

@@ -9,7 +9,7 @@ use adit_protocol::control::{Closed, Down, Refused, RefusedCode, Revocations as 
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
-use super::{Broker, FORBIDDEN, REVOKED, closed, party, tell};
+use super::{Broker, FORBIDDEN, REVOKED, closed, party, tell_all};
 use crate::audit::Record;
 use crate::channel::Greeting;
 use crate::organisation::unix_now;
@@ -42,7 +42,7 @@ impl Broker {
         let mut ended = vec![];
         let (forbidden, claimants) = self
             .sessions()
-            .forbid(|one, other| self.may_reach(one, other), |one, other| self.may_redirect(one, other));
+            .forbid(|one, other| self.may_reach(one, other), |session| self.may_go_on(session));
         for (id, claimant) in claimants {
             claimant.send(Down::Closed(closed(id, FORBIDDEN)));
         }
@@ -54,11 +54,7 @@ impl Broker {
                 _ => FORBIDDEN,
             };
             let message: Closed = closed(session.id, reason);
-            tell(session.peer(), Down::Closed(message.clone()));
-            if session.redirector.is_some() {
-                tell(&session.technician, Down::Closed(message.clone()));
-            }
-            tell(&session.agent, Down::Closed(message));
+            tell_all(&session, &message, None);
             ended.push((session, reason));
         }
         effect.sessions = ended.len();

@@ -8,7 +8,7 @@ use adit_protocol::control::{Answer, Candidates, Closed, Down, LiveSession, Tick
 use adit_protocol::{DeviceId, Role, SessionId};
 use tracing::{info, warn};
 
-use super::{Broker, FORBIDDEN, closed, epochs, record, shorten, tell};
+use super::{Broker, FORBIDDEN, closed, epochs, record, shorten, tell, tell_all};
 use crate::audit::Record;
 use crate::presence::Channel;
 use crate::relays::{Relay, TICKET_LIFE};
@@ -32,7 +32,7 @@ impl Broker {
         let reason = shorten(&answer.reason);
         let said =
             format!("the agent refused: {}", if reason.is_empty() { "it gave no reason" } else { reason });
-        tell(session.peer(), Down::Closed(closed(id, &said)));
+        tell_all(&session, &closed(id, &said), Some(device.id));
         self.write_down(&session, "refused", &said, None).await;
     }
 
@@ -59,10 +59,7 @@ impl Broker {
             (sessions.remove(id, device), sessions.drop_claim(id, device))
         };
         if let Some(session) = session {
-            tell(session.other(device.role), Down::Closed(closed(id, &reason)));
-            if session.redirector.is_some() {
-                tell(&session.technician, Down::Closed(closed(id, &reason)));
-            }
+            tell_all(&session, &closed(id, &reason), Some(device.id));
             self.write_down(&session, "closed", &reason, Some((device.role, &said))).await;
         } else if let Some(claimant) = claimant {
             claimant.send(Down::Closed(closed(id, &reason)));
@@ -88,6 +85,11 @@ impl Broker {
     /// An end wants a new pair of tickets.
     pub fn renew(&self, device: &Device, session: &[u8]) {
         let Ok(id) = SessionId::try_from(session) else { return };
+        // Who is no end of the tunnel has no use for tickets.
+        let peer = self.sessions().get(id).is_some_and(|session| session.peer().device.id == device.id);
+        if device.role != Role::Agent && !peer {
+            return;
+        }
         if self.sessions().wish(id, device, Instant::now()) {
             self.push_tickets(id);
         }
@@ -95,13 +97,11 @@ impl Broker {
 
     /// A device has come (back) with these sessions.
     pub async fn hello(&self, channel: &Channel, named: &[LiveSession]) {
-        // A redirector's session goes on at its two ends; what is not known here any more ends with the next change.
-        let redirector = |id| self.directory.get(id).is_some_and(|device| device.role == Role::Relay);
-        let permits = |one, agent| self.may_reach(one, agent) || redirector(one);
+        let permits = |technician, agent| self.may_reach(technician, agent);
         let greeted = self.sessions().greet(channel, named, permits, Instant::now());
         for session in &greeted.gone {
             let reason = "the agent has been restarted";
-            tell(session.peer(), Down::Closed(closed(session.id, reason)));
+            tell_all(session, &closed(session.id, reason), Some(session.agent.device.id));
             self.write_down(session, "closed", reason, None).await;
         }
         for (id, claimant) in &greeted.forbidden {
@@ -131,15 +131,14 @@ impl Broker {
     /// A relay is there. Sessions that hold no ticket for it, or one of an older epoch, get new ones.
     pub async fn relay_up(&self, relay: Relay) {
         info!(relay = %relay.id, epoch = relay.epoch, "relay is up");
-        let id = relay.id;
+        let channel = relay.channel.and_then(|_| self.presence.newest(relay.id));
+        let lost = self.sessions().redirected_by(relay.id, relay.epoch, channel.as_ref());
+        for session in lost {
+            let reason = "the redirector was restarted";
+            tell_all(&session, &closed(session.id, reason), None);
+            self.write_down(&session, "closed", reason, None).await;
+        }
         if self.relays.up(relay) {
-            // Its process is another one now.
-            let lost = self.sessions().redirected_by(id);
-            for session in lost {
-                let reason = "the redirector was restarted";
-                tell(&session.agent, Down::Closed(closed(session.id, reason)));
-                self.write_down(&session, "closed", reason, None).await;
-            }
             self.push_stale().await;
         }
     }

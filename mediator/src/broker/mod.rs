@@ -82,6 +82,10 @@ pub struct Broker {
     orders: Mutex<Orders>,
     /// The redirector in this process.
     redirector: OnceLock<Channel>,
+    /// Names of relays elsewhere that may be redirectors, too.
+    redirectors: RwLock<Vec<String>>,
+    /// Technicians for whom ports are being opened, and how many.
+    redirecting: Mutex<HashMap<DeviceId, usize>>,
     ticket_key: [u8; 64],
     serial: AtomicU64,
 }
@@ -113,6 +117,8 @@ impl Broker {
             probes: Mutex::default(),
             orders: Mutex::default(),
             redirector: OnceLock::new(),
+            redirectors: RwLock::default(),
+            redirecting: Mutex::default(),
             ticket_key,
             serial: AtomicU64::new(now.as_micros() as u64),
         }))
@@ -239,6 +245,14 @@ impl Broker {
         technician.reaches(&agent).map(ToString::to_string)
     }
 
+    /// Whether a redirected session may go on: by its rule, and its redirector is still one of ours.
+    fn may_go_on(&self, session: &Session) -> bool {
+        let Some(redirector) = &session.redirector else { return false };
+        let server = &redirector.end.device;
+        let known = server.role == Role::Mediator || self.directory.get(server.id).is_some();
+        known && self.may_redirect(session.technician.device.id, session.agent.device.id)
+    }
+
     fn may_redirect(&self, technician: DeviceId, agent: DeviceId) -> bool {
         let (technician, agent) = (self.directory.get(technician), self.directory.get(agent));
         technician.zip(agent).is_some_and(|(technician, agent)| technician.redirects(&agent).is_some())
@@ -348,6 +362,16 @@ impl Denied {
 fn tell(end: &End, message: Down) {
     if let Some(channel) = &end.channel {
         channel.send(message);
+    }
+}
+
+/// Tells all parties of a session but the one that said it.
+fn tell_all(session: &Session, message: &Closed, but: Option<DeviceId>) {
+    let redirector = session.redirector.as_ref().map(|redirector| &redirector.end);
+    for end in [Some(&session.technician), Some(&session.agent), redirector].into_iter().flatten() {
+        if but != Some(end.device.id) {
+            tell(end, Down::Closed(message.clone()));
+        }
     }
 }
 

@@ -6,16 +6,16 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use adit_protocol::control::{
-    Closed, Down, Grant, IceCredentials, Redirect, Redirected, RefusedCode, Serve, Served, Up,
+    Down, Grant, IceCredentials, Redirect, Redirected, RefusedCode, Serve, Served, Up,
 };
-use adit_protocol::{Protocol, Role, SessionId, Target};
+use adit_protocol::{DeviceId, Protocol, Role, SessionId, Target};
 use adit_relay::run::host_port;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use tracing::info;
 
 use super::{
-    Broker, Denied, UNRECORDED, closed, offline, party, random_text, record, shorten, tell, unknown_agent,
+    Broker, Denied, UNRECORDED, closed, offline, party, random_text, record, shorten, tell_all, unknown_agent,
 };
 use crate::audit::Record;
 use crate::organisation::unix_now;
@@ -26,8 +26,40 @@ use crate::store::Device;
 
 /// How long a redirector may take: it waits for the agent and for the target.
 const SERVED: Duration = Duration::from_secs(20);
+/// Ports of one technician: that are open, and that are being opened.
+const MAX_PORTS: usize = 16;
+const MAX_ORDERS: usize = 4;
 /// The longest time that a port is granted for, in seconds.
 const LONGEST: u64 = 12 * 60 * 60;
+
+/// Why there is no port.
+enum Failed {
+    /// It was not granted.
+    Refused(Denied),
+    /// It was, and nothing came of it.
+    Ended(Denied),
+}
+
+impl From<Denied> for Failed {
+    fn from(denied: Denied) -> Self {
+        Self::Refused(denied)
+    }
+}
+
+/// One port that is being opened.
+struct Opening<'a>(&'a Broker, DeviceId);
+
+impl Drop for Opening<'_> {
+    fn drop(&mut self) {
+        let mut opening = self.0.redirecting.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = opening.get_mut(&self.1) {
+            *count -= 1;
+            if *count == 0 {
+                opening.remove(&self.1);
+            }
+        }
+    }
+}
 
 impl Broker {
     /// Grants a port, or says why not; the answer comes later.
@@ -36,10 +68,12 @@ impl Broker {
         tokio::spawn(async move {
             let answer = match broker.try_redirect(&channel, &redirect).await {
                 Ok(redirected) => Down::Redirected(redirected),
-                Err(denied) => {
+                Err(Failed::Refused(denied)) => {
                     broker.note_refusal(&channel, &redirect, &denied).await;
                     denied.into_message(redirect.request)
                 }
+                // Its end is written down.
+                Err(Failed::Ended(denied)) => denied.into_message(redirect.request),
             };
             channel.send(answer);
         });
@@ -71,7 +105,7 @@ impl Broker {
 
     async fn note_refusal(&self, channel: &Channel, redirect: &Redirect, denied: &Denied) {
         info!(technician = %channel.device.id, code = ?denied.code, "redirected port refused");
-        let (from, targets) = (channel.from.to_string(), [redirect.target.clone()]);
+        let (from, targets) = (channel.from.to_string(), [shorten(&redirect.target).to_owned()]);
         let record = Record {
             technician: Some(party(&channel.device)),
             wanted: shorten(&redirect.agent),
@@ -86,13 +120,43 @@ impl Broker {
         }
     }
 
-    async fn try_redirect(&self, channel: &Channel, wanted: &Redirect) -> Result<Redirected, Denied> {
+    /// `None`: this technician opens too many at once.
+    fn begin_opening(&self, technician: DeviceId) -> Option<Opening<'_>> {
+        let mut opening = self.redirecting.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = opening.entry(technician).or_default();
+        if *count >= MAX_ORDERS {
+            return None;
+        }
+        *count += 1;
+        Some(Opening(self, technician))
+    }
+
+    /// Relays elsewhere that may be redirectors, by name.
+    pub fn set_redirectors(&self, names: Vec<String>) {
+        *self.redirectors.write().unwrap_or_else(PoisonError::into_inner) = names;
+    }
+
+    /// Whether this relay may be a redirector: to see ciphertext only needs less trust.
+    pub fn may_be_redirector(&self, relay: &Device) -> bool {
+        self.redirectors.read().unwrap_or_else(PoisonError::into_inner).contains(&relay.name)
+    }
+
+    async fn try_redirect(&self, channel: &Channel, wanted: &Redirect) -> Result<Redirected, Failed> {
+        let too_many = |what: &str| Denied::new(RefusedCode::Unavailable, what.to_owned());
+        let _opening = self
+            .begin_opening(channel.device.id)
+            .ok_or_else(|| too_many("too many ports are being opened: try again in a moment"))?;
+        if self.sessions().redirected_for(channel.device.id) >= MAX_PORTS {
+            return Err(too_many("this technician has 16 ports of the redirector: end some first").into());
+        }
         let forbidden = |message: &str| Denied::new(RefusedCode::NotPermitted, message.to_owned());
         let target = wanted.target.parse::<Target>().ok().filter(|target| target.protocol == Protocol::Tcp);
         let target = target.ok_or_else(|| forbidden("the target is not HOST:PORT"))?;
         let source: IpAddr = match wanted.source.as_str() {
             "" => channel.from.ip().to_canonical(),
-            text => text.parse().map_err(|_| forbidden("the source is no IP address"))?,
+            text => {
+                text.parse::<IpAddr>().map_err(|_| forbidden("the source is no IP address"))?.to_canonical()
+            }
         };
         let technician = self.technician(&channel.device)?;
         let agent = self.directory.agent(&wanted.agent).filter(|agent| technician.reaches(agent).is_some());
@@ -124,9 +188,9 @@ impl Broker {
         };
         let id = SessionId(rand::random());
         let mut session = Session::new(id, end(channel), end(&agent_channel), Instant::now());
-        session.redirector = Some(Redirecting { end: end(&server), relay: relay.id });
+        session.redirector = Some(Redirecting { end: end(&server), relay: relay.id, epoch: relay.epoch });
         if !self.sessions().insert(session.clone()) {
-            return Err(Denied::new(RefusedCode::Unavailable, "too many sessions: close some first".into()));
+            return Err(too_many("too many sessions: close some first").into());
         }
         let (from, agent_from, targets) =
             (channel.from.to_string(), agent_channel.from.to_string(), [target.to_string()]);
@@ -144,28 +208,27 @@ impl Broker {
         };
         if self.audit.write(&granted).await.is_err() {
             self.sessions().remove(id, &channel.device);
-            return Err(Denied::new(RefusedCode::Unavailable, UNRECORDED.into()));
+            return Err(Denied::new(RefusedCode::Unavailable, UNRECORDED.into()).into());
         }
         // The grant may have been taken away meanwhile.
         if !self.may_redirect(technician.id, agent.id) {
             self.end_redirected(id, channel, "the grant was taken away").await;
-            return Err(forbidden("the grant was taken away"));
+            return Err(Failed::Ended(forbidden("the grant was taken away")));
         }
-        let served = self.order(&session, &relay, &server, &agent_channel, &target, source, seconds, expires);
-        match served.await {
-            Ok(port) => {
-                let host = relay.addresses.first().and_then(|address| address.rsplit_once(':'));
-                let host = host.map_or("", |(host, _)| host).trim_matches(['[', ']']);
+        let served = self.order(&session, &relay, &server, &agent_channel, &target, source, seconds);
+        let denied = match served.await {
+            // It may have ended meanwhile: nobody would hear of that.
+            Ok(port) if self.sessions().get(id).is_some() => {
                 info!(session = %id, technician = %technician.id, agent = %agent.id, "redirected port granted");
-                let (session, address) = (id.0.to_vec(), host_port(host, port));
+                let (session, address) = (id.0.to_vec(), host_port(&host_for(&relay, source), port));
                 let request = wanted.request;
-                Ok(Redirected { request, session, address, source: source.to_string(), expires })
+                return Ok(Redirected { request, session, address, source: source.to_string(), expires });
             }
-            Err(why) => {
-                self.end_redirected(id, channel, &why).await;
-                Err(Denied::new(RefusedCode::AgentRefused, why))
-            }
-        }
+            Ok(_) => Denied::new(RefusedCode::AgentRefused, "the session has ended".into()),
+            Err(denied) => denied,
+        };
+        self.end_redirected(id, channel, &denied.message).await;
+        Err(Failed::Ended(denied))
     }
 
     /// Tells both ends of the tunnel, and waits for the port.
@@ -179,8 +242,7 @@ impl Broker {
         target: &Target,
         source: IpAddr,
         seconds: u64,
-        expires: u64,
-    ) -> Result<u16, String> {
+    ) -> Result<u16, Denied> {
         let relays = std::slice::from_ref(relay);
         let pairing = self.pairing(session);
         let ice = || Some(IceCredentials { ufrag: random_text(8), password: random_text(24) });
@@ -193,7 +255,8 @@ impl Broker {
             local_ice: ice(),
             remote_ice: ice(),
             relays: pairing.tickets(role, relays, &self.ticket_key),
-            expires,
+            // Its time is counted where the port is: no clock of another machine cuts it short.
+            expires: 0,
             targets: if role == Role::Agent { vec![target.to_string()] } else { vec![] },
             via: "redirector".to_owned(),
         };
@@ -211,12 +274,15 @@ impl Broker {
         let sent = agent.send(Down::Offer(to_agent)) && server.send(Down::Serve(serve));
         let answer = if sent { timeout(SERVED, receiver).await.ok().and_then(Result::ok) } else { None };
         orders().remove(&request);
+        let failed = |code, why: &str| Denied::new(code, why.to_owned());
         match answer {
-            Some(Served { port, .. }) if port != 0 => {
-                u16::try_from(port).map_err(|_| "the redirector's answer makes no sense".to_owned())
+            Some(Served { port, .. }) if port != 0 => u16::try_from(port)
+                .map_err(|_| failed(RefusedCode::Unspecified, "the redirector's answer makes no sense")),
+            Some(Served { error, unreachable, .. }) => {
+                let code = if unreachable { RefusedCode::Unreachable } else { RefusedCode::AgentRefused };
+                Err(failed(code, shorten(&error)))
             }
-            Some(Served { error, .. }) => Err(shorten(&error).to_owned()),
-            None => Err("the redirector did not answer".to_owned()),
+            None => Err(failed(RefusedCode::Unreachable, "the redirector did not answer")),
         }
     }
 
@@ -224,9 +290,7 @@ impl Broker {
     async fn end_redirected(&self, id: SessionId, channel: &Channel, why: &str) {
         let removed = self.sessions().remove(id, &channel.device);
         let Some(session) = removed else { return };
-        let message: Closed = closed(id, why);
-        tell(session.peer(), Down::Closed(message.clone()));
-        tell(&session.agent, Down::Closed(message));
+        tell_all(&session, &closed(id, why), Some(channel.device.id));
         self.write_down(&session, "closed", why, None).await;
     }
 
@@ -236,4 +300,16 @@ impl Broker {
             Some(_) => self.presence.newest(relay.id),
         }
     }
+}
+
+/// The host of a relay for who comes from `source`: a name, or an address of the same family, where there is one.
+fn host_for(relay: &Relay, source: IpAddr) -> String {
+    let host = |address: &String| {
+        let host = address.rsplit_once(':').map_or(address.as_str(), |(host, _)| host);
+        host.trim_matches(['[', ']']).to_owned()
+    };
+    let misfits = |host: &String| host.parse::<IpAddr>().is_ok_and(|ip| ip.is_ipv4() != source.is_ipv4());
+    let mut hosts: Vec<String> = relay.addresses.iter().map(host).collect();
+    hosts.sort_by_key(misfits);
+    hosts.into_iter().next().unwrap_or_default()
 }

@@ -307,7 +307,7 @@ pub(super) fn control() -> Vec<Vec<u8>> {
             source: "2001:db8::1".into(),
             seconds: 600,
         }),
-        Up::Served(Served { request: 4, port: 50_000, error: String::new() }),
+        Up::Served(Served { request: 4, port: 50_000, error: String::new(), unreachable: false }),
     ];
     let down = [
         Down::Welcome(Welcome { protocol_version: 1, name: "desk".into(), ..Default::default() }),
