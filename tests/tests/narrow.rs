@@ -37,8 +37,8 @@ async fn only_443_is_enough_for_everything() -> anyhow::Result<()> {
     let world = World::up(Setup::new(Topology::new(NatKind::HttpsOnly, NatKind::HttpsOnly))).await?;
     let narrow = opened(&world, "relay-https").await?;
     println!("first byte {ordinary:?} after the command on 8002, {narrow:?} where only 443 is open");
-    // The head start that 8002 has, and a handshake more at each end.
-    ensure!(narrow < ordinary + Duration::from_millis(300), "8002 is waited for");
+    // The head start that 8002 has, and a handshake more at each end; what is guarded against costs five seconds.
+    ensure!(narrow < ordinary + Duration::from_secs(1), "8002 is waited for");
     through(&world, "relay-https", "relay-https").await
 }
 
