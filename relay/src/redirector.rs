@@ -364,6 +364,7 @@ impl Opened {
             }
             let until = next.as_ref().map_or(self.expires, |(_, until)| (*until).min(self.expires));
             tokio::select! {
+                // Whoever floods the port holds up neither its end nor the one connection.
                 biased;
                 () = async { client.as_mut().expect("checked").run.as_mut().await }, if client.is_some() => client = None,
                 event = self.events.recv() => match event {
@@ -371,6 +372,15 @@ impl Opened {
                     Some(_) => {}
                     None => break "the session has ended".to_owned(),
                 },
+                () = sleep_until(until) => {
+                    if Instant::now() >= self.expires {
+                        break "its time is over".to_owned();
+                    }
+                    if let Some((tcp, _)) = next.take() {
+                        turned_away.inc();
+                        abort(&tcp);
+                    }
+                }
                 (tcp, from) = listen::accept(&self.listener) => {
                     if network(from.ip().to_canonical()) == network(self.source) {
                         prepare(&tcp);
@@ -381,15 +391,6 @@ impl Opened {
                     } else {
                         turned_away.inc();
                         // A reset leaves nothing behind here.
-                        abort(&tcp);
-                    }
-                }
-                () = sleep_until(until) => {
-                    if Instant::now() >= self.expires {
-                        break "its time is over".to_owned();
-                    }
-                    if let Some((tcp, _)) = next.take() {
-                        turned_away.inc();
                         abort(&tcp);
                     }
                 }
