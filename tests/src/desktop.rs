@@ -37,6 +37,8 @@ impl Desktop {
             "1",
             "-nolisten",
             "tcp",
+            // Else it starts anew when its last client has gone, and refuses the next one meanwhile.
+            "-noreset",
             "-screen",
             "0",
             &format!("{WIDTH}x{HEIGHT}x24"),
