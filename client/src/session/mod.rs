@@ -214,8 +214,9 @@ impl Runner {
                 let _ = self.control.send(Up::Renew(Renew { session: self.id.as_bytes().to_vec() })).await;
             }
             if self.tunnel.is_closed() && notices.is_empty() {
-                // The notice of it found no room.
-                self.closing.get_or_insert_with(|| "the session is over".to_owned());
+                // The notice of it found no room, or is not here yet.
+                let ended = || self.tunnel.ended().unwrap_or_else(|| "the session is over".to_owned());
+                self.closing.get_or_insert_with(ended);
             }
             let alone = self.tunnel.carriers().is_empty();
             // Without a mediator that knows this device there will be no other way. The mediator's own word for the

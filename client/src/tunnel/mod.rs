@@ -87,6 +87,8 @@ struct State {
     received: u64,
     /// Why there is no way so far, for people.
     trouble: Option<String>,
+    /// Why the session is over.
+    ended: Option<String>,
 }
 
 /// What others are told once the lock is free.
@@ -158,6 +160,7 @@ impl Tunnel {
             sent: 0,
             received: 0,
             trouble: None,
+            ended: None,
         };
         let shared = Arc::new(Shared {
             state: Mutex::new(state),
@@ -229,6 +232,11 @@ impl Tunnel {
     /// Whether the session is over.
     pub fn is_closed(&self) -> bool {
         self.lock().session.is_closed()
+    }
+
+    /// Why the session is over; known as soon as it is, before any notice of it.
+    pub(crate) fn ended(&self) -> Option<String> {
+        self.lock().ended.clone()
     }
 
     /// Every carrier, oldest first.
@@ -338,6 +346,7 @@ impl Tunnel {
             }
             Event::Message(message) => notices.push(Notice::Message(message)),
             Event::Closed { reason } => {
+                state.ended = Some(reason.clone());
                 notices.push(Notice::Closed(reason));
                 self.0.room.notify_waiters();
             }
