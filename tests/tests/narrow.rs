@@ -205,7 +205,7 @@ async fn a_proxy_that_lets_nobody_to_the_relay_is_quoted() -> anyhow::Result<()>
     println!("{}", finished.stderr.trim());
     ensure!(finished.code == 5, "{finished:?}");
     ensure!(
-        finished.stderr.contains("the relay: the proxy at") && finished.stderr.contains("50"),
+        finished.stderr.contains("the relay: the proxy at") && finished.stderr.contains(": 503 "),
         "{finished:?}"
     );
     Ok(())
