@@ -15,6 +15,7 @@ pub mod forward;
 mod http_head;
 pub mod hub;
 pub mod identity;
+pub mod known;
 pub mod leg;
 pub mod log;
 mod os;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use adit_protocol::control::{
-    AgentInfo, Closed, Down, List, Open, Redirect, Redirected, Refused, RefusedCode, Up,
+    AgentInfo, Closed, Down, List, Open, Redirect, Redirected, Refused, RefusedCode, Up, Web,
 };
 use adit_protocol::{Target, Wanted};
 use adit_tunnel::session::End;
@@ -88,7 +88,7 @@ impl Technician {
     }
 
     /// Asks for a port on the server that leads to `target`, for `time`, for connections from `source` only; without one,
-    /// from where this channel comes. It is open when this returns.
+    /// from where this channel comes. With `web`, for pages in place of the port. It is open when this returns.
     ///
     /// # Errors
     /// [`TechnicianError`].
@@ -98,11 +98,19 @@ impl Technician {
         target: &Target,
         source: Option<IpAddr>,
         time: Duration,
+        web: Option<Web>,
     ) -> Result<RedirectedPort, TechnicianError> {
         let redirect = |request| {
             let source = source.map_or(String::new(), |ip| ip.to_string());
             let (agent, target) = (agent.to_owned(), target.to_string());
-            Up::Redirect(Redirect { request, agent, target, source, seconds: time.as_secs() })
+            Up::Redirect(Redirect {
+                request,
+                agent,
+                target,
+                source,
+                seconds: time.as_secs(),
+                web: web.clone(),
+            })
         };
         match self.hub.request_within(REDIRECTED, redirect).await? {
             Down::Redirected(redirected) => {

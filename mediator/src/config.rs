@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
 use adit_client::identity::store::{self, Access};
-use adit_relay::config::{Ports, off_or_range};
+use adit_relay::config::{Https, Ports, off_or_domain, off_or_range};
 use adit_relay::door::Crowd;
 use adit_relay::run::host_port;
 use serde::Deserialize;
@@ -51,16 +51,6 @@ pub struct Listen {
     pub diagnostics: SocketAddr,
 }
 
-/// Section `[https]`. Both or none.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Https {
-    /// Certificate chain (PEM).
-    pub cert: Option<PathBuf>,
-    /// Its key (PEM).
-    pub key: Option<PathBuf>,
-}
-
 /// Section `[p2p]`.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -78,13 +68,24 @@ pub struct Redirector {
     /// TCP ports of the redirector in this process, one for each granted session.
     #[serde(deserialize_with = "off_or_range")]
     pub ports: Option<Ports>,
+    /// A domain of which every name leads to this server: each session that shows pages has one of them.
+    #[serde(deserialize_with = "off_or_domain")]
+    pub domain: Option<String>,
     /// Names of relays elsewhere that may be redirectors, too, and so read what passes.
     pub relays: Vec<String>,
 }
 
 impl Default for Redirector {
     fn default() -> Self {
-        Self { ports: adit_relay::config::Redirector::default().ports, relays: vec![] }
+        let adit_relay::config::Redirector { ports, domain } = Default::default();
+        Self { ports, domain, relays: vec![] }
+    }
+}
+
+impl Redirector {
+    /// The part that a relay has, too.
+    pub fn own(&self) -> adit_relay::config::Redirector {
+        adit_relay::config::Redirector { ports: self.ports.clone(), domain: self.domain.clone() }
     }
 }
 
@@ -168,6 +169,9 @@ many_socket_probing = {many_socket_probing}
 # TCP ports for technicians with nothing installed, one for each session that a grant with --redirector allows and the
 # agent permits, FIRST-LAST; "" turns it off. The server can read what passes there.
 ports = "{redirector}"
+# A domain of which every name leads to this server (a wildcard record in DNS): each session that shows pages to a browser
+# has a name there, on [listen] https. "": each has a port instead, and less between them.
+domain = ""
 # Relays on other machines that may be redirectors, too, by name: as a relay, one sees ciphertext only.
 relays = []
 

@@ -9,11 +9,11 @@ use adit_client::identity::Peer;
 use adit_client::probe;
 use adit_protocol::Role;
 use adit_protocol::control::Probe;
+use adit_relay::certificates;
 
 use crate::admin::{self, About, Answer, Found, Request};
 use crate::config::Config;
 use crate::error::Error;
-use crate::https;
 use crate::operator::Operator;
 use crate::organisation::{Organisation, ROOT_KEY, unix_now};
 
@@ -147,8 +147,8 @@ fn certificates(organisation: &Organisation) -> Vec<Finding> {
         findings.push(ends("this server's certificate for devices", peer.not_after, remedy));
     }
     let config = &organisation.config;
-    let file = config.https.cert.clone().unwrap_or_else(|| organisation.dir.join(https::CERTIFICATE));
-    match https::inspect(&file) {
+    let file = config.https.cert.clone().unwrap_or_else(|| organisation.dir.join(certificates::CERTIFICATE));
+    match certificates::inspect(&file) {
         // Made at the first start.
         Err(_) if config.https.cert.is_none() && !file.exists() => {}
         Err(why) => findings.push(Finding::fault(why, "correct [https] cert and key in config.toml")),
@@ -158,8 +158,12 @@ fn certificates(organisation: &Organisation) -> Vec<Finding> {
                 at,
                 "renew it; the files are taken without a restart",
             ));
-            let missing: Vec<&str> =
-                config.hosts.iter().filter(|host| !https::covers(&names, host)).map(String::as_str).collect();
+            let wanted = config.redirector.own().names(&config.hosts);
+            let missing: Vec<&str> = wanted
+                .iter()
+                .filter(|name| !names.contains(name) && !certificates::covers(&names, name))
+                .map(String::as_str)
+                .collect();
             if !missing.is_empty() {
                 findings.push(Finding::fault(
                     format!("the certificate for browsers is not for {}", missing.join(", ")),

@@ -147,7 +147,7 @@ pub enum Error {
     Certificate(#[from] CertificateError),
     /// The certificate for browsers.
     #[error(transparent)]
-    Https(#[from] crate::https::HttpsError),
+    Https(#[from] adit_relay::certificates::HttpsError),
     /// TLS could not be set up.
     #[error(transparent)]
     Tls(#[from] TlsError),

@@ -11,7 +11,6 @@
 //! | [`token`], [`enrolment`] | how devices get their identity |
 //! | [`store`], [`directory`] | what must last, and who is enrolled and may do what |
 //! | [`server`] | what listens where |
-//! | [`https`], [`browsers`] | the certificate that browsers see, and what they get |
 //! | [`channel`], [`presence`] | control channels, and who is there |
 //! | [`broker`], [`sessions`] | requests for sessions, and the sessions that live |
 //! | [`relays`] | relays and tickets for them |
@@ -22,7 +21,6 @@ pub mod admin;
 pub mod audit;
 pub mod backup;
 pub mod broker;
-pub mod browsers;
 pub mod channel;
 pub mod cli;
 pub mod config;
@@ -31,7 +29,6 @@ pub mod directory;
 pub mod doctor;
 pub mod enrolment;
 pub mod error;
-pub mod https;
 #[cfg(target_os = "linux")]
 pub mod install;
 pub mod metrics;

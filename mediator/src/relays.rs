@@ -5,8 +5,8 @@ use std::sync::{Mutex, PoisonError};
 use adit_protocol::control::RelayTicket;
 use adit_protocol::ticket::Ticket;
 use adit_protocol::{DeviceId, Role, SessionId};
+use adit_relay::certificates::canonical;
 
-use crate::https::canonical;
 use crate::presence::ChannelId;
 
 /// How long a ticket may lie unused, in seconds. A session gets new ones at half of it.

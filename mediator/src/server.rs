@@ -16,6 +16,7 @@ use adit_client::tls;
 use adit_protocol::control::{ToDevice, Up};
 use adit_protocol::enrol::Request;
 use adit_protocol::{ALPN_CONTROL, ALPN_ENROL, CONTROL_PATH, DeviceId, RELAY_PATH};
+use adit_relay::certificates::Certificates;
 use adit_relay::config::Ports;
 use adit_relay::diagnostics::{self, Readiness};
 use adit_relay::door::{Crowd, Door};
@@ -23,6 +24,7 @@ use adit_relay::listen::{self, ListenError, Setting};
 use adit_relay::penalty::Offence;
 use adit_relay::redirector::Redirector;
 use adit_relay::upgrade::Upgrade;
+use adit_relay::web::{ALPN_HTTP, Domain, Web};
 use adit_relay::{Visit, https};
 use prometheus_client::registry::Registry;
 use rustls::ServerConfig;
@@ -31,18 +33,16 @@ use tokio::net::{TcpListener, TcpStream, UdpSocket};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use tokio_rustls::{LazyConfigAcceptor, TlsStream};
+use tokio_rustls::{LazyConfigAcceptor, StartHandshake, TlsStream};
 use tracing::{debug, error, info};
 
 use crate::admin;
 use crate::audit::Audit;
 use crate::broker::Broker;
-use crate::browsers::{self, ALPN_HTTP};
 use crate::channel::{self, Greeting};
 use crate::config::{self, Config, Listen};
 use crate::enrolment::{Enroller, Verdict};
 use crate::error::Error;
-use crate::https::{Certificates, Files};
 use crate::metrics;
 use crate::organisation::{AUDIT, DATABASE, Organisation};
 use crate::presence::{Arrival, Channel};
@@ -113,7 +113,7 @@ struct Settings {
 /// What is behind port 443, by ALPN.
 struct Doors {
     control: Arc<ServerConfig>,
-    browsers: Arc<ServerConfig>,
+    browsers: Arc<Web>,
     enrol: Arc<ServerConfig>,
     broker: Arc<Broker>,
     /// The relay in this process.
@@ -158,7 +158,7 @@ impl Mediator {
             let (addresses, https) =
                 (config.reached_at(config.listen.relay), config.reached_at(config.listen.https));
             let (epoch, stun) = (relay.epoch(), String::new());
-            let redirector = config.redirector.ports.is_some();
+            let redirector = config.redirector.own().is_on();
             broker
                 .relay_up(Relay { id: *relay_id, epoch, addresses, stun, https, redirector, channel: None })
                 .await;
@@ -166,21 +166,22 @@ impl Mediator {
         } else {
             None
         };
-        let redirector = match (&relay, &config.redirector.ports) {
-            (Some((_, listener)), Some(Ports(ports))) => {
-                Some(Embedded::new(&broker, identity, ports.clone(), listener.local_addr()?, &mut registry)?)
+        let certificates =
+            Certificates::of(dir, &config.https, &config.redirector.own().names(&config.hosts))?;
+        let port = sockets.https.local_addr()?.port();
+        let domain = config.redirector.domain.clone().map(|name| Domain { name, port });
+        let browsers = Web::new(certificates.clone(), domain).map_err(tls::TlsError::from)?;
+        let redirector = match &relay {
+            Some((_, listener)) if config.redirector.own().is_on() => {
+                let ports = config.redirector.ports.clone().map(|Ports(ports)| ports);
+                let at = listener.local_addr()?;
+                Some(Embedded::new(&broker, identity, ports, browsers.clone(), at, &mut registry)?)
             }
             _ => None,
         };
-        let certificates = match (&config.https.cert, &config.https.key) {
-            (Some(certificate), Some(key)) => {
-                Certificates::open(Files { certificate: certificate.clone(), key: key.clone() })?
-            }
-            _ => Certificates::own(dir, &config.hosts)?,
-        };
         let doors = Arc::new(Doors {
             control: Arc::new(tls::control_server(identity)?),
-            browsers: Arc::new(browsers::config(certificates.clone()).map_err(tls::TlsError::from)?),
+            browsers,
             enrol: Arc::new(tls::enrol_server(identity)?),
             broker: broker.clone(),
             relay: relay.as_ref().map(|(relay, _)| relay.clone()),
@@ -259,6 +260,7 @@ impl Mediator {
         });
         let (admin, broker) = (self.admin, self.broker.clone());
         let settings = self.settings;
+        let names = settings.started.redirector.own();
         let applied = broker.clone();
         tasks.spawn(async move {
             admin.serve(broker, || settings.apply(&applied)).await;
@@ -266,7 +268,7 @@ impl Mediator {
         });
         let (certificates, broker) = (self.certificates, self.broker.clone());
         tasks.spawn(async move {
-            certificates.watch(|| broker.hosts()).await;
+            certificates.watch(|| names.names(&broker.hosts())).await;
             Ok(())
         });
         tasks.spawn(accept_all(self.https, self.doors));
@@ -304,7 +306,8 @@ impl Embedded {
     fn new(
         broker: &Broker,
         identity: &Identity,
-        ports: RangeInclusive<u16>,
+        ports: Option<RangeInclusive<u16>>,
+        web: Arc<Web>,
         relay: SocketAddr,
         registry: &mut Registry,
     ) -> Result<Self, Error> {
@@ -329,7 +332,7 @@ impl Embedded {
         let (outgoing, orders) = mpsc::channel(ORDERS);
         let channel = broker.presence.channel(arrival, outgoing);
         let (control, said) = Control::linked();
-        let redirector = Redirector::new(Live::new(identity.clone()), control, ports, relay);
+        let redirector = Redirector::new(Live::new(identity.clone()), control, ports, web, relay);
         redirector.register(registry);
         Ok(Self { redirector, channel, orders, said })
     }
@@ -351,7 +354,7 @@ impl Settings {
     fn apply(&self, broker: &Broker) -> Result<(), Error> {
         let hosts = Config::load(&self.dir)?.hosts;
         let config = Config { hosts, ..self.started.clone() };
-        self.certificates.refresh(&config.hosts);
+        self.certificates.refresh(&config.redirector.own().names(&config.hosts));
         if let Some(relay) = self.relay {
             let https = config.reached_at(config.listen.https);
             broker.relay_moved(relay, config.reached_at(config.listen.relay), https);
@@ -381,6 +384,8 @@ enum Shown {
     Device(Box<TlsStream<TcpStream>>, Peer),
     /// The wish to enrol, with a token.
     Request(Box<TlsStream<TcpStream>>, Request),
+    /// A browser's ClientHello.
+    Browser(Box<StartHandshake<TcpStream>>),
     /// That it wants nothing that is here.
     Nothing,
 }
@@ -419,6 +424,11 @@ impl Doors {
                     Err(_) => debug!("enrolment too slow"),
                 }
             }
+            Ok(Ok(Shown::Browser(hello))) => {
+                if !self.browsers.serve(*hello, from.ip(), visit).await {
+                    self.door.offended(from.ip(), Offence::Left);
+                }
+            }
             Ok(Ok(Shown::Nothing)) => self.door.offended(from.ip(), Offence::Left),
             Ok(Err(error)) => {
                 debug!(%error, "connection refused");
@@ -453,8 +463,7 @@ impl Doors {
             return Ok(Shown::Request(Box::new(stream), request));
         }
         if offers(ALPN_HTTP) || hello.client_hello().alpn().is_none() {
-            browsers::serve(hello, self.browsers.clone()).await?;
-            return Ok(Shown::Nothing);
+            return Ok(Shown::Browser(Box::new(hello)));
         }
         Ok(Shown::Nothing)
     }

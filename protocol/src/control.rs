@@ -396,6 +396,27 @@ pub struct Redirect {
     /// For how long, in seconds.
     #[prost(uint64, tag = "5")]
     pub seconds: u64,
+    /// Pages for a browser instead of a port: the answer has a link.
+    #[prost(message, optional, tag = "6")]
+    pub web: Option<Web>,
+}
+
+/// What a redirector shows browsers of a target that speaks HTTP/1.1.
+#[derive(Clone, PartialEq, Message)]
+pub struct Web {
+    /// The target speaks TLS.
+    #[prost(bool, tag = "1")]
+    pub tls: bool,
+    /// SHA-256 of the target's certificate (DER, 32 bytes), as it is known. Empty: the first one is taken.
+    #[prost(bytes = "vec", tag = "2")]
+    pub certificate: Vec<u8>,
+    /// Path and query of the first page.
+    #[prost(string, tag = "3")]
+    pub path: String,
+    /// From the address asked for only. Else a browser may also come from one of the other IP version: from the one
+    /// that shows the link first. Set by the mediator.
+    #[prost(bool, tag = "4")]
+    pub exact: bool,
 }
 
 /// See [`Down::Redirected`].
@@ -416,6 +437,12 @@ pub struct Redirected {
     /// When it closes, in seconds since 1970-01-01 UTC.
     #[prost(uint64, tag = "5")]
     pub expires: u64,
+    /// `https://…`, once: lets one browser in. Empty: the port is for any program.
+    #[prost(string, tag = "6")]
+    pub link: String,
+    /// SHA-256 of the target's certificate (DER, 32 bytes), when it speaks TLS.
+    #[prost(bytes = "vec", tag = "7")]
+    pub certificate: Vec<u8>,
 }
 
 /// See [`Down::Serve`].
@@ -436,6 +463,9 @@ pub struct Serve {
     /// For how long, in seconds.
     #[prost(uint64, tag = "5")]
     pub seconds: u64,
+    /// See [`Redirect::web`].
+    #[prost(message, optional, tag = "6")]
+    pub web: Option<Web>,
 }
 
 /// See [`Up::Served`].
@@ -453,6 +483,15 @@ pub struct Served {
     /// Nobody said no: agent or target could not be reached.
     #[prost(bool, tag = "4")]
     pub unreachable: bool,
+    /// Where a browser finds it, when that is a host name of its own on `port`: the name.
+    #[prost(string, tag = "5")]
+    pub host: String,
+    /// Path of the link that lets a browser in.
+    #[prost(string, tag = "6")]
+    pub path: String,
+    /// See [`Redirected::certificate`].
+    #[prost(bytes = "vec", tag = "7")]
+    pub certificate: Vec<u8>,
 }
 
 /// See [`Up::Tier`].

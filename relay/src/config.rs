@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, ErrorKind};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -24,10 +24,22 @@ pub struct ConfigFile {
     pub hosts: Vec<String>,
     /// See [`Listen`].
     pub listen: Listen,
+    /// See [`Https`].
+    pub https: Https,
     /// See [`Redirector`].
     pub redirector: Redirector,
     /// See [`Limits`].
     pub limits: Limits,
+}
+
+/// Section `[https]`: the certificate that browsers see. Both or none.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Https {
+    /// Certificate chain (PEM).
+    pub cert: Option<PathBuf>,
+    /// Its key (PEM).
+    pub key: Option<PathBuf>,
 }
 
 /// Section `[redirector]`.
@@ -37,11 +49,27 @@ pub struct Redirector {
     /// TCP ports, one for each granted session.
     #[serde(deserialize_with = "off_or_range")]
     pub ports: Option<Ports>,
+    /// A domain of which every name leads to this server: each session that shows pages has one of them.
+    #[serde(deserialize_with = "off_or_domain")]
+    pub domain: Option<String>,
 }
 
 impl Default for Redirector {
     fn default() -> Self {
-        Self { ports: Some(Ports(49_152..=65_535)) }
+        Self { ports: Some(Ports(49_152..=65_535)), domain: None }
+    }
+}
+
+impl Redirector {
+    /// Whether there is one.
+    pub fn is_on(&self) -> bool {
+        self.ports.is_some() || self.domain.is_some()
+    }
+
+    /// The names that a browser's certificate has to be for: the server's, and each one below the domain.
+    pub fn names(&self, hosts: &[String]) -> Vec<String> {
+        let wildcard = self.domain.iter().map(|domain| format!("*.{domain}"));
+        hosts.iter().cloned().chain(wildcard).collect()
     }
 }
 
@@ -129,10 +157,20 @@ hosts = [{}]
 # /metrics, /healthz and /readyz (HTTP without a password: keep it private); "" turns it off.
 # diagnostics = "127.0.0.1:9465"
 
+[https]
+# The certificate that browsers see (PEM): the chain, and its key. Changed files are taken without a restart. Without them
+# one is made here, signed by web-root.pem. Devices do not look at it. For example:
+#cert = "/etc/ssl/adit/fullchain.pem"
+#key = "/etc/ssl/adit/privkey.pem"
+
 [redirector]
 # TCP ports for technicians with nothing installed, one for each session that the mediator grants and the agent permits.
 # The server can read what passes there; "" turns it off.
 # ports = "49152-65535"
+
+# A domain of which every name leads to this server (a wildcard record in DNS): each session that shows pages to a browser
+# has a name there, on [listen] https. "": each has a port instead, and less between them.
+# domain = ""
 
 [limits]
 # Connections that have not shown a ticket yet; and the same of one source (an IPv6 source is a /64).
@@ -196,6 +234,28 @@ impl Failure for ConfigError {
 pub fn off_or_range<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Ports>, D::Error> {
     let text = String::deserialize(deserializer)?;
     if text.is_empty() { Ok(None) } else { text.parse().map(Some).map_err(serde::de::Error::custom) }
+}
+
+/// A domain, or `""` for none.
+///
+/// # Errors
+/// It is neither.
+pub fn off_or_domain<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    let text = String::deserialize(deserializer)?.to_ascii_lowercase();
+    let label = |label: &str| {
+        let allowed = |c: u8| c.is_ascii_alphanumeric() || c == b'-';
+        !label.is_empty() && label.len() <= 63 && label.bytes().all(allowed)
+    };
+    match &text[..] {
+        "" => Ok(None),
+        // A session's label and a dot come before it.
+        name if name.len() <= 220 && name.split('.').all(label) && name.parse::<IpAddr>().is_err() => {
+            Ok(Some(text))
+        }
+        _ => Err(serde::de::Error::custom(format!(
+            "{text:?} is no domain: expected a name such as r.example.org"
+        ))),
+    }
 }
 
 /// An address, or `""` for off.

@@ -1,4 +1,4 @@
-//! A relay's HTTPS port: legs of devices whose networks let nothing else out, as WebSockets over TLS.
+//! A relay's HTTPS port: legs of devices whose networks let nothing else out, as WebSockets over TLS; and browsers.
 
 use std::future::Future;
 use std::io;
@@ -16,12 +16,13 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
-use tokio_rustls::{LazyConfigAcceptor, TlsStream, server};
+use tokio_rustls::{LazyConfigAcceptor, StartHandshake, TlsStream, server};
 
 use crate::gate::Visit;
 use crate::penalty::Offence;
 use crate::server::Relay;
 use crate::upgrade::Upgrade;
+use crate::web::Web;
 
 /// From accepting a connection to its certificate. A silent one is closed within 5 s.
 const AUTHENTICATE: Duration = Duration::from_millis(4500);
@@ -33,12 +34,13 @@ const LINGER_BYTES: usize = 16 * 1024;
 /// Ciphertext that a leg which takes nothing may have waiting, in bytes: a record.
 const SEND_BUFFER: usize = 16 * 1024;
 
-/// Serves devices with this relay's own certificate until `shutdown`; then closes all that came from `listener`.
+/// Serves devices with this relay's own certificate, and browsers with `web`, until `shutdown`; then closes all that came from `listener`.
 /// Dropping the future does the same.
 pub async fn serve(
     listener: TcpListener,
     relay: Arc<Relay>,
     identity: Arc<Live>,
+    web: Option<Arc<Web>>,
     shutdown: impl Future<Output = ()>,
 ) {
     let mut tasks = JoinSet::new();
@@ -48,7 +50,8 @@ pub async fn serve(
             () = &mut shutdown => break,
             (stream, from, visit) = relay.door().accept(&listener) => {
                 tune(&stream);
-                tasks.spawn(enter(relay.clone(), identity.clone(), stream, from.ip(), visit));
+                let web = web.clone();
+                tasks.spawn(enter(relay.clone(), identity.clone(), web, stream, from.ip(), visit));
             }
             Some(_) = tasks.join_next() => {}
         }
@@ -56,16 +59,23 @@ pub async fn serve(
     tasks.shutdown().await;
 }
 
-async fn enter(relay: Arc<Relay>, identity: Arc<Live>, stream: TcpStream, from: IpAddr, mut visit: Visit) {
+async fn enter(
+    relay: Arc<Relay>,
+    identity: Arc<Live>,
+    web: Option<Arc<Web>>,
+    stream: TcpStream,
+    from: IpAddr,
+    mut visit: Visit,
+) {
     let shown = tokio::select! {
         shown = timeout(AUTHENTICATE, handshake(&identity, stream)) => shown,
         () = visit.driven_out() => return,
     };
     let offence = match shown {
-        Ok(Ok(Some(stream))) => {
+        Ok(Ok(Shown::Device(stream))) => {
             // It has shown who it is: from here on nothing is an offence.
             let request = tokio::select! {
-                request = timeout(REQUEST, Upgrade::read(TlsStream::from(stream))) => request,
+                request = timeout(REQUEST, Upgrade::read(TlsStream::from(*stream))) => request,
                 () = visit.driven_out() => return,
             };
             if let Ok(Ok(upgrade)) = request {
@@ -74,7 +84,10 @@ async fn enter(relay: Arc<Relay>, identity: Arc<Live>, stream: TcpStream, from: 
             return;
         }
         // A browser, or somebody's check whether the port answers.
-        Ok(Ok(None)) => Offence::Left,
+        Ok(Ok(Shown::Other(hello))) => match web {
+            Some(web) if web.serve(*hello, from, visit).await => return,
+            _ => Offence::Left,
+        },
         Ok(Err(error)) => {
             tracing::debug!(%error, "connection refused");
             Offence::of_handshake(&error)
@@ -84,18 +97,25 @@ async fn enter(relay: Arc<Relay>, identity: Arc<Live>, stream: TcpStream, from: 
     relay.door().offended(from, offence);
 }
 
-/// `None`: it wants something else than devices do.
-async fn handshake(identity: &Live, stream: TcpStream) -> io::Result<Option<server::TlsStream<TcpStream>>> {
+/// Who is there.
+enum Shown {
+    /// A device of the organisation.
+    Device(Box<server::TlsStream<TcpStream>>),
+    /// Somebody who wants something else than devices do.
+    Other(Box<StartHandshake<TcpStream>>),
+}
+
+async fn handshake(identity: &Live, stream: TcpStream) -> io::Result<Shown> {
     let hello = LazyConfigAcceptor::new(Acceptor::default(), stream).await?;
     let ours =
         hello.client_hello().alpn().is_some_and(|mut offered| offered.any(|alpn| alpn == ALPN_CONTROL));
     if !ours {
-        return Ok(None);
+        return Ok(Shown::Other(Box::new(hello)));
     }
     // The identity may have been renewed since the last one.
     let config = tls::control_server(&identity.get()).map_err(io::Error::other)?;
     match hello.into_stream(Arc::new(config)).into_fallible().await {
-        Ok(stream) => Ok(Some(stream)),
+        Ok(stream) => Ok(Shown::Device(Box::new(stream))),
         Err((error, stream)) => {
             linger(stream).await;
             Err(error)

@@ -13,11 +13,14 @@
 //! | [`https`] | the port on which legs come by WebSocket |
 //! | [`upgrade`] | the request with which a WebSocket begins |
 //! | `pool`, `pipe` | pipes and buffers, lent while bytes are on the way |
-//! | [`redirector`] | ports that lead to agents for technicians with nothing installed |
+//! | [`redirector`] | ports and pages that lead to agents, for technicians with nothing installed |
+//! | [`web`] | how browsers get those pages |
+//! | [`certificates`] | what a server shows browsers |
 //! | [`metrics`], [`diagnostics`] | what is counted, and the HTTP server that shows it |
 //! | [`listen`], `holder`, [`stun`] | a server's sockets; who has a port that is taken; its STUN server |
 //! | [`config`], [`cli`], [`run`], `install` | the program around it: file, command line, control channel, service |
 
+pub mod certificates;
 pub mod cli;
 pub mod config;
 mod copied;
@@ -46,6 +49,7 @@ pub mod run;
 pub mod server;
 pub mod stun;
 pub mod upgrade;
+pub mod web;
 
 pub use gate::Visit;
 pub use server::{Config, Limits, Relay};

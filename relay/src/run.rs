@@ -10,6 +10,7 @@ use adit_client::exit::{Exit, Failure};
 use adit_client::identity::Live;
 use adit_client::identity::store::StoreError;
 use adit_client::service;
+use adit_client::tls::TlsError;
 use adit_protocol::Role;
 use adit_protocol::control::{Down, RelayUp, Up};
 use prometheus_client::registry::Registry;
@@ -18,6 +19,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tracing::{error, info, warn};
 
+use crate::certificates::{Certificates, HttpsError};
 use crate::config::{self, ConfigError, ConfigFile, Listen, Ports};
 use crate::diagnostics::{self, Readiness};
 use crate::https;
@@ -25,6 +27,7 @@ use crate::listen::{self, ListenError, Setting};
 use crate::redirector::Redirector;
 use crate::server::{Config, Relay};
 use crate::stun;
+use crate::web::{Domain, Web};
 
 /// Addresses that stand before those of the configuration file.
 #[derive(Debug, Clone, Copy, Default)]
@@ -109,11 +112,21 @@ pub async fn run(dir: &Path, overrides: Overrides) -> Result<(), RunError> {
         https_addresses.extend(hosts.iter().map(|host| host_port(host, port)));
     }
     let (control, messages) = maintain(live.clone(), || hello(Vec::new()));
-    let redirector = config.redirector.ports.map(|Ports(ports)| {
+    let mut web = None;
+    let mut redirector = None;
+    if config.redirector.is_on() {
+        let names = config.redirector.names(&hosts);
+        let certificates = Certificates::of(dir, &config.https, &names)?;
+        let port =
+            sockets.https.as_ref().map(TcpListener::local_addr).transpose()?.map(|address| address.port());
+        let domain = config.redirector.domain.zip(port).map(|(name, port)| Domain { name, port });
+        let pages = Web::new(certificates.clone(), domain).map_err(TlsError::from)?;
+        tasks.spawn(async move { certificates.watch(|| names.clone()).await });
+        let ports = config.redirector.ports.map(|Ports(ports)| ports);
         let at = sockets.relay.local_addr()?;
-        io::Result::Ok(Redirector::new(live.clone(), control.clone(), ports, at))
-    });
-    let redirector = redirector.transpose()?;
+        redirector = Some(Redirector::new(live.clone(), control.clone(), ports, pages.clone(), at));
+        web = Some(pages);
+    }
     let relay = Relay::new(Config { limits: config.limits, ..Config::new(identity.device_id) });
     let readiness = Readiness::new();
     if let Some(listener) = sockets.diagnostics {
@@ -133,7 +146,7 @@ pub async fn run(dir: &Path, overrides: Overrides) -> Result<(), RunError> {
     info!(name = identity.name, port = relay_port, "relay is up");
     tasks.spawn(relay.clone().serve(sockets.relay, until_stopped()));
     if let Some(listener) = sockets.https {
-        tasks.spawn(https::serve(listener, relay.clone(), live.clone(), until_stopped()));
+        tasks.spawn(https::serve(listener, relay.clone(), live.clone(), web, until_stopped()));
     }
     let announcement = RelayUp {
         epoch: relay.epoch(),
@@ -258,6 +271,12 @@ pub enum RunError {
     /// A port.
     #[error(transparent)]
     Listen(#[from] ListenError),
+    /// The certificate for browsers.
+    #[error(transparent)]
+    Https(#[from] HttpsError),
+    /// What is shown to browsers.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The state directory is another program's.
     #[error("the state directory belongs to a device enrolled as {0}, not as relay")]
     OtherRole(Role),
@@ -272,8 +291,8 @@ impl Failure for RunError {
             Self::Store(error) => error.exit(),
             Self::Config(error) => error.exit(),
             Self::Listen(error) => error.exit(),
-            Self::OtherRole(_) => Exit::Usage,
-            Self::Io(_) => Exit::Failed,
+            Self::OtherRole(_) | Self::Https(_) => Exit::Usage,
+            Self::Io(_) | Self::Tls(_) => Exit::Failed,
         }
     }
 
@@ -288,7 +307,8 @@ impl Failure for RunError {
             Self::Config(error) => error.remedy(),
             Self::Listen(error) => error.remedy(),
             Self::OtherRole(_) => Some("name the relay's own directory with --data".into()),
-            Self::Io(_) => None,
+            Self::Https(_) => Some("correct [https] cert and key in config.toml, or take them out".into()),
+            Self::Io(_) | Self::Tls(_) => None,
         }
     }
 }

@@ -475,7 +475,8 @@ fn has_hung_up(stream: &TcpStream) -> bool {
     }
 }
 
-fn unix_now() -> u64 {
+/// Seconds since 1970-01-01 UTC.
+pub(crate) fn unix_now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs())
 }
 

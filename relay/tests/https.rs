@@ -43,7 +43,7 @@ impl Scene {
         let [plain, web] = [listen().await, listen().await];
         let addresses = [&plain, &web].map(|listener| listener.local_addr().unwrap());
         tokio::spawn(server.clone().serve(plain, std::future::pending()));
-        tokio::spawn(https::serve(web, server.clone(), Live::new(relay), std::future::pending()));
+        tokio::spawn(https::serve(web, server.clone(), Live::new(relay), None, std::future::pending()));
         Self { relay: server, plain: addresses[0], web: addresses[1], agent, technician }
     }
 

@@ -166,6 +166,8 @@ enum CliError {
     NotRedirected(String),
     #[error("this command takes a TCP target, and {0} is UDP")]
     TcpOnly(adit_protocol::Target),
+    #[error("{option} does not fit this target")]
+    Unfit { option: &'static str },
 }
 
 impl Failure for CliError {
@@ -182,6 +184,7 @@ impl Failure for CliError {
             | Self::NoRedirector
             | Self::NotRedirected(_)
             | Self::Unquotable
+            | Self::Unfit { .. }
             | Self::TcpOnly(_) => Exit::Usage,
             #[cfg(target_os = "linux")]
             Self::NoAgent { .. } => Exit::Usage,
@@ -224,6 +227,9 @@ impl Failure for CliError {
                 "name TCP targets with -L, or use --via auto, direct or relay".to_owned()
             }
             Self::TcpOnly(_) => "use adit forward for UDP".to_owned(),
+            Self::Unfit { .. } => {
+                "--open goes with http, https or a URL; --rdp with rdp or HOST:PORT".to_owned()
+            }
         })
     }
 }

@@ -3,33 +3,39 @@
 use std::fs;
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
-use adit_protocol::control::Redirected;
+use adit_protocol::control::{Redirected, Web};
 use adit_protocol::{Protocol, Role, Target};
 use clap::Args;
 use serde_json::json;
 
 use super::data::Data;
+use super::launch::Launch;
 use super::{CliError, Failed};
 use crate::events::{complain, print_line, printable};
+use crate::known::{self, Known, fingerprint};
 use crate::technician::Technician;
 
-/// Open a port on the server that leads to a target beside an agent: for programs on machines without adit.
+/// Open a port or pages on the server that lead to a target beside an agent: for machines without adit.
 ///
-/// The server is an end of the session and can read what passes, so policy and agent must both permit it. The port
-/// takes connections from one address only, one at a time, until its time is over.
+/// The server is an end of the session and can read what passes, so policy and agent must both permit it. A port takes
+/// connections from one address only, one at a time, until its time is over. Of a web server it makes a link instead: it
+/// can be used once, and the browser that used it may stay.
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  adit redirect office-pc rdp --rdp office-pc.rdp\n  \
-    adit redirect office-pc 192.168.1.7:22 --source 203.0.113.7 --ttl 1h")]
+    adit redirect office-pc 192.168.1.7:22 --source 203.0.113.7 --ttl 1h\n  \
+    adit redirect office-pc https://192.168.1.1/ --open")]
 pub(super) struct Redirect {
     /// Name or device id of the agent; `adit ls` lists them.
     #[arg(value_name = "AGENT")]
     agent: String,
-    /// The target, as seen from the agent: rdp and ssh are those services of the agent itself.
-    #[arg(value_name = "rdp|ssh|HOST:PORT", value_parser = target)]
-    target: Target,
-    /// The address from which the port may be used [default: the one from which the server sees this device]
+    /// The target, as seen from the agent: rdp, ssh, http and https are those services of the agent itself; a URL is a web
+    /// server's.
+    #[arg(value_name = "rdp|ssh|http|https|HOST:PORT|URL")]
+    target: Place,
+    /// The address from which it may be used [default: the one from which the server sees this device]
     #[arg(long, value_name = "IP")]
     source: Option<IpAddr>,
     /// For how long: 30s, 10m, 2h.
@@ -38,22 +44,45 @@ pub(super) struct Redirect {
     /// Also write a file that RDP clients open.
     #[arg(long, value_name = "FILE")]
     rdp: Option<PathBuf>,
+    /// Open the link in this system's browser.
+    #[arg(long)]
+    open: bool,
+    /// The certificate that an https target may show, in place of the one that it showed the first time.
+    #[arg(long, value_name = "SHA256", value_parser = certificate)]
+    certificate: Option<[u8; 32]>,
     #[command(flatten)]
     data: Data,
-    /// As a JSON object: event, address, host, port, target, source, expires (seconds since 1970), session, tier.
+    /// As a JSON object: event, address, host, port, link, certificate, target, source, expires (seconds since 1970),
+    /// session, tier.
     #[arg(long)]
     json: bool,
 }
 
 impl Redirect {
     pub(super) async fn run(self) -> Result<(), Failed> {
-        if self.target.protocol == Protocol::Udp {
-            return Err(CliError::TcpOnly(self.target).into());
+        let Place { target, page } = &self.target;
+        if target.protocol == Protocol::Udp {
+            return Err(CliError::TcpOnly(target.clone()).into());
         }
-        let (_, identity) = self.data.identity(Role::Technician)?;
+        if self.open && page.is_none() || self.rdp.is_some() && page.is_some() {
+            return Err(CliError::Unfit { option: if self.open { "--open" } else { "--rdp" } }.into());
+        }
+        let (dir, identity) = self.data.identity(Role::Technician)?;
+        let known = Known::open(&dir);
+        let wrong = |error| CliError::Write { file: known.path().to_owned(), error };
+        let before = match page {
+            Some(page) if page.tls => known.of(&self.agent, &target.to_string()).map_err(wrong)?,
+            _ => None,
+        };
+        let expected = self.certificate.or(before);
+        let web = page.as_ref().map(|Page { tls, path }| Web {
+            tls: *tls,
+            certificate: expected.map(Vec::from).unwrap_or_default(),
+            path: path.clone(),
+            exact: false,
+        });
         let technician = Technician::connect(identity).await?;
-        let port = technician.redirect(&self.agent, &self.target, self.source, self.ttl).await?;
-        let opened = port.redirected;
+        let opened = technician.redirect(&self.agent, target, self.source, self.ttl, web).await?.redirected;
         if let Some(file) = &self.rdp {
             let text = format!(
                 "full address:s:{}\r\nprompt for credentials:i:1\r\nadministrative session:i:0\r\n",
@@ -62,11 +91,26 @@ impl Redirect {
             fs::write(file, text).map_err(|error| CliError::Write { file: file.clone(), error })?;
         }
         self.tell(&opened);
+        if let Ok(shown) = <[u8; 32]>::try_from(&opened.certificate[..])
+            && before != Some(shown)
+        {
+            known.note(&self.agent, &target.to_string(), &shown).map_err(wrong)?;
+            let is = if expected.is_some() { "is known from now on" } else { "was seen for the first time" };
+            complain(&format!(
+                "the certificate of {target} {is}: SHA-256 {}\ncompare it with the one that the web server's owner sees",
+                fingerprint(&shown)
+            ));
+        }
+        if self.open {
+            Launch::Browser(printable(&opened.link, 500)).start();
+        }
         Ok(())
     }
 
     fn tell(&self, opened: &Redirected) {
         let (address, source) = (printable(&opened.address, 300), printable(&opened.source, 100));
+        let (link, target) = (printable(&opened.link, 500), &self.target.target);
+        let pages = self.target.page.is_some();
         if self.json {
             let (host, port) = address.rsplit_once(':').unwrap_or((&address, ""));
             let said = json!({
@@ -74,7 +118,9 @@ impl Redirect {
                 "address": address,
                 "host": host.trim_matches(['[', ']']),
                 "port": port.parse::<u16>().ok(),
-                "target": self.target.to_string(),
+                "link": pages.then_some(&link),
+                "certificate": (!opened.certificate.is_empty()).then(|| fingerprint(&opened.certificate)),
+                "target": target.to_string(),
                 "source": source,
                 "expires": opened.expires,
                 "session": adit_protocol::SessionId::try_from(&opened.session[..]).ok().map(|id| id.to_string()),
@@ -82,13 +128,12 @@ impl Redirect {
             });
             return print_line(&said.to_string());
         }
-        print_line(&address);
+        print_line(if pages { &link } else { &address });
+        let (agent, seconds) = (&self.agent, self.ttl.as_secs());
+        let how = if pages { "for the first browser that opens it" } else { "for one connection at a time" };
         complain(&format!(
-            "it leads to {} at {} for {} s, for one connection at a time from {source}\n\
+            "it leads to {target} at {agent} for {seconds} s, {how}, from {source}\n\
              tier redirector: the server is an end of it and can read what passes",
-            self.target,
-            self.agent,
-            self.ttl.as_secs(),
         ));
         if let Some(file) = &self.rdp {
             complain(&format!("wrote {}", file.display()));
@@ -96,13 +141,54 @@ impl Redirect {
     }
 }
 
-fn target(text: &str) -> Result<Target, String> {
-    let whole = match text {
-        "rdp" => "127.0.0.1:3389",
-        "ssh" => "127.0.0.1:22",
-        other => other,
-    };
-    whole.parse().map_err(|_| "expected rdp, ssh or HOST:PORT, IPv6 in brackets".to_owned())
+/// What is to be reached.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Place {
+    target: Target,
+    /// A web server is there.
+    page: Option<Page>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Page {
+    tls: bool,
+    /// Path and query.
+    path: String,
+}
+
+impl FromStr for Place {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let whole = match text {
+            "rdp" => "127.0.0.1:3389",
+            "ssh" => "127.0.0.1:22",
+            "http" => "http://127.0.0.1/",
+            "https" => "https://127.0.0.1/",
+            other => other,
+        };
+        let wrong = || "expected rdp, ssh, http, https, HOST:PORT or a URL, IPv6 in brackets".to_owned();
+        let (tls, rest) = match (whole.strip_prefix("http://"), whole.strip_prefix("https://")) {
+            (Some(rest), _) => (false, rest),
+            (_, Some(rest)) => (true, rest),
+            _ => return Ok(Self { target: whole.parse().map_err(|_| wrong())?, page: None }),
+        };
+        let rest = rest.split('#').next().unwrap_or_default();
+        let (authority, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
+        let port = if tls { 443 } else { 80 };
+        let has_port = !authority.ends_with(']') && authority.contains(':');
+        let address = if has_port { authority.to_owned() } else { format!("{authority}:{port}") };
+        let target: Target = address.parse().map_err(|_| wrong())?;
+        if !path.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err("in the URL's path, write other characters as %XX".to_owned());
+        }
+        let path = if path.starts_with('/') { path.to_owned() } else { format!("/{path}") };
+        Ok(Self { target, page: Some(Page { tls, path }) })
+    }
+}
+
+fn certificate(text: &str) -> Result<[u8; 32], String> {
+    known::parse(text).ok_or_else(|| "expected a SHA-256: 32 bytes in hexadecimal digits".to_owned())
 }
 
 fn time(text: &str) -> Result<Duration, String> {
@@ -125,7 +211,7 @@ mod tests {
 
     #[test]
     fn targets_and_times_are_read() {
-        let shown = |text| target(text).map(|target| target.to_string());
+        let shown = |text: &str| text.parse::<Place>().map(|place| place.target.to_string());
         assert_eq!(shown("rdp").as_deref(), Ok("127.0.0.1:3389"));
         assert_eq!(shown("printer:80").as_deref(), Ok("printer:80"));
         assert!(shown("vnc").is_err());
@@ -133,5 +219,34 @@ mod tests {
             assert_eq!(time(text), Ok(Duration::from_secs(seconds)));
         }
         assert!(["", "0", "m", "1d", "-1s", "99999999999999999999h"].iter().all(|text| time(text).is_err()));
+    }
+
+    #[test]
+    fn urls_are_web_servers() {
+        for (text, target, tls, path) in [
+            ("http", "127.0.0.1:80", false, "/"),
+            ("https", "127.0.0.1:443", true, "/"),
+            ("http://nas", "nas:80", false, "/"),
+            ("https://nas:5001/a/b?c=d#e", "nas:5001", true, "/a/b?c=d"),
+            ("http://[fd00::1]/x", "[fd00::1]:80", false, "/x"),
+            ("https://[fd00::1]:8443?x", "[fd00::1]:8443", true, "/?x"),
+        ] {
+            let place: Place = text.parse().expect(text);
+            assert_eq!(
+                (place.target.to_string().as_str(), place.page),
+                (target, Some(Page { tls, path: path.into() }))
+            );
+        }
+        for text in [
+            "http://",
+            "https:///x",
+            "http://a b/",
+            "http://u@h/",
+            "http://h:0/",
+            "http://h/\u{e9}",
+            "ftp://h/",
+        ] {
+            assert!(text.parse::<Place>().is_err(), "{text}");
+        }
     }
 }

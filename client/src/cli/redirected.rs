@@ -64,7 +64,7 @@ async fn serve_all(
     }
     let (mut serving, mut ends) = (JoinSet::new(), JoinSet::new());
     for (listener, target) in listeners.into_iter().zip(targets) {
-        let port = technician.redirect(agent, &target, None, TIME).await?;
+        let port = technician.redirect(agent, &target, None, TIME, None).await?;
         let address = port.redirected.address.clone();
         ports.push(port.redirected);
         tracing::warn!(%target, address, "tier redirector: the server can read what passes");

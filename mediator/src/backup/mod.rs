@@ -13,11 +13,11 @@ use std::io::{self, Read, Write};
 use std::path::Path;
 
 use adit_client::exit::{Exit, Failure};
+use adit_relay::certificates;
 use serde::{Deserialize, Serialize};
 
 use crate::config;
 use crate::error::Error;
-use crate::https;
 use crate::operator::Operator;
 use crate::organisation::{
     AUDIT, DATABASE, RELAY_ID, ROOT, ROOT_KEY, SERVER, SERVER_KEY, TICKET_KEY, unix_now,
@@ -55,10 +55,10 @@ const KEPT: [Kept; 13] = [
     kept(SERVER_KEY, true, true, false),
     kept(TICKET_KEY, true, true, false),
     kept(RELAY_ID, true, false, false),
-    kept(https::ROOT, false, false, false),
-    kept(https::ROOT_KEY, false, true, false),
-    kept(https::CERTIFICATE, false, false, false),
-    kept(https::KEY, false, true, false),
+    kept(certificates::ROOT, false, false, false),
+    kept(certificates::ROOT_KEY, false, true, false),
+    kept(certificates::CERTIFICATE, false, false, false),
+    kept(certificates::KEY, false, true, false),
     kept(DATABASE, true, true, true),
     kept(AUDIT, false, true, true),
 ];

@@ -42,7 +42,7 @@ pub use probe::Addresses;
 /// Targets that one request may name.
 const MAX_TARGETS: usize = 64;
 /// Longest reason that is passed on or written down, in bytes.
-const MAX_REASON: usize = 256;
+const MAX_REASON: usize = 512;
 /// What a device hears that is not one of ours any more.
 const REVOKED: &str = "this device was revoked: enrol it again with a new token";
 /// What a device hears while there is no record of what it asks for: then it is not done.

@@ -5,18 +5,14 @@ use std::net::IpAddr;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use adit_protocol::control::{
-    Down, Grant, IceCredentials, Redirect, Redirected, RefusedCode, Serve, Served, Up,
-};
-use adit_protocol::{DeviceId, Protocol, Role, SessionId, Target};
+use adit_protocol::control::{Down, Grant, Redirect, Redirected, RefusedCode, Serve, Served, Up, Web};
+use adit_protocol::{DEFAULT_HTTPS_PORT, DeviceId, Protocol, Role, SessionId, Target};
 use adit_relay::run::host_port;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use tracing::info;
 
-use super::{
-    Broker, Denied, UNRECORDED, closed, offline, party, random_text, record, shorten, tell_all, unknown_agent,
-};
+use super::{Broker, Denied, UNRECORDED, closed, offline, party, record, shorten, tell_all, unknown_agent};
 use crate::audit::Record;
 use crate::organisation::unix_now;
 use crate::presence::Channel;
@@ -194,7 +190,8 @@ impl Broker {
         }
         let (from, agent_from, targets) =
             (channel.from.to_string(), agent_channel.from.to_string(), [target.to_string()]);
-        let reason = format!("a port of {}, from {source}, for {seconds} s", server.device.name);
+        let door = if wanted.web.is_some() { "pages" } else { "a port" };
+        let reason = format!("{door} of {}, from {source}, for {seconds} s", server.device.name);
         let rule = rule.to_string();
         let granted = Record {
             targets: &targets,
@@ -215,14 +212,35 @@ impl Broker {
             self.end_redirected(id, channel, "the grant was taken away").await;
             return Err(Failed::Ended(forbidden("the grant was taken away")));
         }
-        let served = self.order(&session, &relay, &server, &agent_channel, &target, source, seconds);
-        let denied = match served.await {
+        let order = Serve {
+            target: target.to_string(),
+            source: source.to_string(),
+            seconds,
+            web: wanted.web.clone().map(|web| Web { exact: !wanted.source.is_empty(), ..web }),
+            ..Serve::default()
+        };
+        let denied = match self.order(&session, &relay, &server, &agent_channel, order).await {
             // It may have ended meanwhile: nobody would hear of that.
-            Ok(port) if self.sessions().get(id).is_some() => {
-                info!(session = %id, technician = %technician.id, agent = %agent.id, "redirected port granted");
-                let (session, address) = (id.0.to_vec(), host_port(&host_for(&relay, source), port));
-                let request = wanted.request;
-                return Ok(Redirected { request, session, address, source: source.to_string(), expires });
+            Ok((port, served)) if self.sessions().get(id).is_some() => {
+                info!(session = %id, technician = %technician.id, agent = %agent.id, "redirected session granted");
+                let host = if served.host.is_empty() { host_for(&relay, source) } else { served.host };
+                let address = host_port(&host, port);
+                let origin =
+                    if port == DEFAULT_HTTPS_PORT { address.trim_end_matches(":443") } else { &address };
+                let link = if served.path.is_empty() {
+                    String::new()
+                } else {
+                    format!("https://{origin}{}", served.path)
+                };
+                return Ok(Redirected {
+                    request: wanted.request,
+                    session: id.0.to_vec(),
+                    address,
+                    source: source.to_string(),
+                    expires,
+                    link,
+                    certificate: served.certificate,
+                });
             }
             Ok(_) => Denied::new(RefusedCode::AgentRefused, "the session has ended".into()),
             Err(denied) => denied,
@@ -231,33 +249,30 @@ impl Broker {
         Err(Failed::Ended(denied))
     }
 
-    /// Tells both ends of the tunnel, and waits for the port.
-    #[expect(clippy::too_many_arguments, reason = "the parts of one order")]
+    /// Tells both ends of the tunnel, and waits until the door is open, at which port it is.
     async fn order(
         &self,
         session: &Session,
         relay: &Relay,
         server: &Channel,
         agent: &Channel,
-        target: &Target,
-        source: IpAddr,
-        seconds: u64,
-    ) -> Result<u16, Denied> {
+        order: Serve,
+    ) -> Result<(u16, Served), Denied> {
         let relays = std::slice::from_ref(relay);
         let pairing = self.pairing(session);
-        let ice = || Some(IceCredentials { ufrag: random_text(8), password: random_text(24) });
         let grant = |role: Role, peer: &Device, peer_name: String| Grant {
             request: 0,
             session: session.id.0.to_vec(),
             peer: peer.id.0.to_vec(),
             peer_name,
             peer_key: peer.public_key.to_vec(),
-            local_ice: ice(),
-            remote_ice: ice(),
+            // There is no direct path.
+            local_ice: None,
+            remote_ice: None,
             relays: pairing.tickets(role, relays, &self.ticket_key),
             // Its time is counted where the port is: no clock of another machine cuts it short.
             expires: 0,
-            targets: if role == Role::Agent { vec![target.to_string()] } else { vec![] },
+            targets: if role == Role::Agent { vec![order.target.clone()] } else { vec![] },
             via: "redirector".to_owned(),
         };
         let through =
@@ -269,15 +284,16 @@ impl Broker {
         let request = rand::random();
         let orders = || self.orders.lock().unwrap_or_else(PoisonError::into_inner);
         orders().insert(request, (server.device.id, sender));
-        let (target, source) = (target.to_string(), source.to_string());
-        let serve = Serve { request, grant: Some(to_server), target, source, seconds };
+        let serve = Serve { request, grant: Some(to_server), ..order };
         let sent = agent.send(Down::Offer(to_agent)) && server.send(Down::Serve(serve));
         let answer = if sent { timeout(SERVED, receiver).await.ok().and_then(Result::ok) } else { None };
         orders().remove(&request);
         let failed = |code, why: &str| Denied::new(code, why.to_owned());
         match answer {
-            Some(Served { port, .. }) if port != 0 => u16::try_from(port)
-                .map_err(|_| failed(RefusedCode::Unspecified, "the redirector's answer makes no sense")),
+            Some(served) if served.port != 0 => match u16::try_from(served.port) {
+                Ok(port) => Ok((port, served)),
+                Err(_) => Err(failed(RefusedCode::Unspecified, "the redirector's answer makes no sense")),
+            },
             Some(Served { error, unreachable, .. }) => {
                 let code = if unreachable { RefusedCode::Unreachable } else { RefusedCode::AgentRefused };
                 Err(failed(code, shorten(&error)))

@@ -14,7 +14,7 @@ use adit_client::exit::Failure;
 use adit_protocol::Role;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::config::{Https, parse_hosts};
+use crate::config::parse_hosts;
 use crate::demo::{self, Demo};
 use crate::error::Error;
 #[cfg(target_os = "linux")]
@@ -23,6 +23,7 @@ use crate::operator::{Operator, become_owner};
 use crate::organisation::Organisation;
 use crate::server::Mediator;
 use crate::token::{self, Wanted};
+use adit_relay::config::Https;
 
 /// The mediator of adit: identities, presence, brokering, STUN.
 #[derive(Debug, Parser)]

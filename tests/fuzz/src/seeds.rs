@@ -6,7 +6,7 @@ use adit_client::identity::certificate::{Subject, request};
 use adit_protocol::control::{
     AgentInfo, Agents, Answer, Candidates, Closed, Down, Grant, Hello, IceCredentials, List, LiveSession,
     Open, Probe, Probed, Reached, Redirect, Redirected, Refused, RelayTicket, RelayUp, Renew, Revocations,
-    Serve, Served, Tickets, Tier, ToDevice, ToMediator, Up, Update, Welcome,
+    Serve, Served, Tickets, Tier, ToDevice, ToMediator, Up, Update, Web, Welcome,
 };
 use adit_protocol::enrol::{Granted, Outcome, Request, Response};
 use adit_protocol::frame::{self, Frame, Position};
@@ -278,6 +278,7 @@ pub(super) fn control() -> Vec<Vec<u8>> {
         detail: "mapped".into(),
     };
     let address = || vec!["192.0.2.1:443".to_owned()];
+    let web = || Some(Web { tls: true, certificate: vec![7; 32], path: "/a?b".into(), exact: true });
     let up = [
         Up::Hello(Hello {
             protocol_version: 1,
@@ -306,8 +307,16 @@ pub(super) fn control() -> Vec<Vec<u8>> {
             target: "127.0.0.1:3389".into(),
             source: "2001:db8::1".into(),
             seconds: 600,
+            web: web(),
         }),
-        Up::Served(Served { request: 4, port: 50_000, error: String::new(), unreachable: false }),
+        Up::Served(Served {
+            request: 4,
+            port: 50_000,
+            host: "label.r.example".into(),
+            path: "/.adit/1".into(),
+            certificate: vec![7; 32],
+            ..Default::default()
+        }),
     ];
     let down = [
         Down::Welcome(Welcome { protocol_version: 1, name: "desk".into(), ..Default::default() }),
@@ -323,6 +332,7 @@ pub(super) fn control() -> Vec<Vec<u8>> {
             target: "127.0.0.1:3389".into(),
             source: "192.0.2.9".into(),
             seconds: 600,
+            web: web(),
         }),
         Down::Redirected(Redirected {
             request: 4,
@@ -330,6 +340,8 @@ pub(super) fn control() -> Vec<Vec<u8>> {
             address: "192.0.2.1:50000".into(),
             source: "192.0.2.9".into(),
             expires: NOW,
+            link: "https://label.r.example/.adit/1".into(),
+            certificate: vec![7; 32],
         }),
         Down::Candidates(Candidates { session: id(), candidates: vec![], seen: "192.0.2.9:40000".into() }),
         Down::Closed(Closed { session: id(), reason: "revoked".into(), ..Default::default() }),

@@ -1,42 +1,45 @@
-//! The redirector: the technician's end of sessions inside the server, for technicians with nothing installed. One TCP
-//! port for each session; what arrives there goes through the session's tunnel to one target.
+//! The redirector: the technician's end of sessions inside the server, for technicians with nothing installed. One door
+//! for each session, a TCP port or pages for a browser; what arrives there goes through the session's tunnel to one target.
 //!
 //! It is a trust level of its own, because the server can read what passes. The mediator grants it, and the agent must
-//! permit it. A port takes connections from one source, one at a time, and closes at the end of its time. Whoever comes
-//! from elsewhere is closed before a byte of his reaches the agent.
+//! permit it. A door is for one source and closes at the end of its time. Whoever comes from elsewhere is turned away before
+//! a byte of his reaches the agent.
+
+mod pages;
+mod port;
 
 use std::collections::HashMap;
-use std::future::Future;
+use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use adit_client::control::Control;
-use adit_client::copy::{abort, copy};
-use adit_client::dial::tune;
 use adit_client::identity::Live;
 use adit_client::identity::revocation::Revocations;
 use adit_client::session::{self, Parts, SessionEvent};
 use adit_client::tunnel::{StreamError, Tunnel};
 use adit_client::via::Via;
-use adit_protocol::control::{Down, Grant, RelayTicket, Serve, Served, Up};
+use adit_protocol::control::{Down, RelayTicket, Serve, Served, Up, Web as Wanted};
 use adit_protocol::frame::ResetCode;
 use adit_protocol::{DeviceId, SessionId, Target};
 use adit_tunnel::session::End;
+use pages::Pages;
+use port::Port;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
-use socket2::{SockRef, Socket};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::{info, warn};
 
 use crate::listen;
-use crate::penalty::network;
+use crate::web::headers::Names;
+use crate::web::target::{Failure, Fingerprint, WebTarget};
+use crate::web::{Web, site};
 
 /// How long agent and target may take until the port is open.
 const OPENED: Duration = Duration::from_secs(15);
@@ -48,11 +51,6 @@ const LONGEST: Duration = Duration::from_secs(12 * 60 * 60);
 const MAX_SESSIONS: usize = 512;
 /// Tickets of one session that may wait for it.
 const QUEUE: usize = 8;
-/// How long a second connection from the right source waits for the first one's end.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// Data that a client does not acknowledge for this long ends its connection.
-#[cfg(target_os = "linux")]
-const UNACKNOWLEDGED: Duration = Duration::from_secs(30);
 /// What is said of an order that cannot be followed.
 const NONSENSE: &str = "the mediator's order makes no sense";
 
@@ -61,7 +59,8 @@ pub struct Redirector {
     identity: Arc<Live>,
     control: Control,
     /// Where its ports are.
-    ports: RangeInclusive<u16>,
+    ports: Option<RangeInclusive<u16>>,
+    web: Arc<Web>,
     /// The relay in this process, which brings its legs and the agents' together.
     relay: SocketAddr,
     sessions: Mutex<HashMap<SessionId, Known>>,
@@ -100,13 +99,15 @@ impl Redirector {
     pub fn new(
         identity: Arc<Live>,
         control: Control,
-        ports: RangeInclusive<u16>,
+        ports: Option<RangeInclusive<u16>>,
+        web: Arc<Web>,
         relay: SocketAddr,
     ) -> Arc<Self> {
         Arc::new(Self {
             identity,
             control,
             ports,
+            web,
             relay: local(relay),
             sessions: Mutex::default(),
             open: Gauge::default(),
@@ -133,7 +134,7 @@ impl Redirector {
                 Ok(news) => drop(tokio::spawn(self.clone().serve(serve, news))),
                 Err(error) => {
                     let (control, request) = (self.control.clone(), serve.request);
-                    let served = Served { request, port: 0, error, unreachable: true };
+                    let served = Served { request, error, unreachable: true, ..Served::default() };
                     tokio::spawn(async move { control.send(Up::Served(served)).await });
                 }
             },
@@ -188,9 +189,8 @@ impl Redirector {
         let request = serve.request;
         let id = serve.grant.as_ref().and_then(|grant| SessionId::try_from(&grant.session[..]).ok());
         match self.open(serve, news).await {
-            Ok(opened) => {
-                let served =
-                    Served { request, port: opened.port.into(), error: String::new(), unreachable: false };
+            Ok(mut opened) => {
+                let served = Served { request, ..std::mem::take(&mut opened.served) };
                 if self.control.send(Up::Served(served)).await.is_err() {
                     // Nobody would ever know of it.
                     opened.tunnel.close("the mediator is away");
@@ -198,10 +198,10 @@ impl Redirector {
                 self.open.inc();
                 let reason = opened.run(&self.turned_away).await;
                 self.open.dec();
-                info!(session = ?id, reason, "redirected port closed");
+                info!(session = ?id, reason, "redirected session over");
             }
             Err(NotOpened { error, unreachable }) => {
-                let served = Served { request, port: 0, error, unreachable };
+                let served = Served { request, error, unreachable, ..Served::default() };
                 let _ = self.control.send(Up::Served(served)).await;
             }
         }
@@ -210,30 +210,16 @@ impl Redirector {
         }
     }
 
-    /// From the mediator's order to an open port.
+    /// From the mediator's order to an open door.
     async fn open(&self, serve: Serve, news: News) -> Result<Opened, NotOpened> {
         let mut grant = serve.grant.unwrap_or_default();
         let id = SessionId::try_from(&grant.session[..]).map_err(|_| NONSENSE)?;
         let peer = DeviceId::try_from(&grant.peer[..]).map_err(|_| NONSENSE)?;
         let target: Target = serve.target.parse().map_err(|_| NONSENSE)?;
         let source: IpAddr = serve.source.parse().map_err(|_| NONSENSE)?;
+        let expires = Instant::now() + Duration::from_secs(serve.seconds).min(LONGEST);
         self.reach_from_within(&mut grant.relays);
-        self.begin(id, peer, grant, target, source, Duration::from_secs(serve.seconds), news).await
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "the parts of one order, taken apart")]
-    async fn begin(
-        &self,
-        id: SessionId,
-        peer: DeviceId,
-        grant: Grant,
-        target: Target,
-        source: IpAddr,
-        time: Duration,
-        news: News,
-    ) -> Result<Opened, NotOpened> {
-        let listener = self.bind()?;
-        let port = listener.local_addr().map_err(|error| error.to_string())?.port();
+        let agent = grant.peer_name.clone();
         let News { tickets, mut end } = news;
         let (tunnel, mut events) = session::start(Parts {
             identity: self.identity.get(),
@@ -255,7 +241,7 @@ impl Redirector {
                 closer.close(reason.as_deref().unwrap_or_default());
             }
         });
-        let opened = async {
+        let opening = async {
             loop {
                 match events.recv().await {
                     Some(SessionEvent::Tier { .. }) => break,
@@ -264,41 +250,94 @@ impl Redirector {
                     None => return Err(NotOpened::refused("the session has ended".to_owned())),
                 }
             }
-            // Said now, and not when somebody has connected and finds nothing there.
-            let failed = |error: StreamError| {
-                let refused = error == StreamError::Reset(ResetCode::NotAllowed);
-                NotOpened { error: format!("{target}: {error}"), unreachable: !refused }
-            };
-            let tried = tunnel.open(&target).await.map_err(failed)?;
-            tried.opened().await.map_err(failed)
+            match &serve.web {
+                Some(web) => self.open_pages(tunnel.clone(), &target, source, agent, web).await,
+                None => self.open_port(&tunnel, &target, source).await,
+            }
         };
-        let done = timeout(OPENED, opened).await;
-        let late = || {
-            let error = format!(
-                "the agent did not answer within {} s (is it of an older version?)",
-                OPENED.as_secs()
-            );
+        let opened = timeout(OPENED, opening).await.unwrap_or_else(|_| {
+            let waited = OPENED.as_secs();
+            let error = format!("the agent did not answer within {waited} s (is it of an older version?)");
             Err(NotOpened { error, unreachable: true })
-        };
-        if let Err(error) = done.unwrap_or_else(|_| late()) {
-            tunnel.close(&error.error);
-            return Err(error);
+        });
+        match opened {
+            Ok((door, served)) => {
+                let port = served.port;
+                info!(session = %id, %target, port, "redirected session open: this server can read what passes");
+                Ok(Opened { door, tunnel, events, expires, served })
+            }
+            Err(error) => {
+                tunnel.close(&error.error);
+                Err(error)
+            }
         }
-        let expires = Instant::now() + time.min(LONGEST);
-        info!(session = %id, %target, port, "redirected port open: this server can read what passes");
-        Ok(Opened { port, listener, tunnel, events, target, source, expires })
+    }
+
+    async fn open_port(
+        &self,
+        tunnel: &Tunnel,
+        target: &Target,
+        source: IpAddr,
+    ) -> Result<(Door, Served), NotOpened> {
+        // Said now, and not when somebody has connected and finds nothing there.
+        let failed = |error: StreamError| {
+            let refused = error == StreamError::Reset(ResetCode::NotAllowed);
+            NotOpened { error: format!("{target}: {error}"), unreachable: !refused }
+        };
+        tunnel.open(target).await.map_err(failed)?.opened().await.map_err(failed)?;
+        let (listener, port) = self.bind()?;
+        let served = Served { port: port.into(), ..Served::default() };
+        Ok((Door::Port(Port::new(listener, target.clone(), source)), served))
+    }
+
+    async fn open_pages(
+        &self,
+        tunnel: Tunnel,
+        target: &Target,
+        source: IpAddr,
+        agent: String,
+        wanted: &Wanted,
+    ) -> Result<(Door, Served), NotOpened> {
+        let known = match &wanted.certificate[..] {
+            [] => None,
+            bytes => Some(Fingerprint::try_from(bytes).map_err(|_| NONSENSE)?),
+        };
+        let leads_to = WebTarget::new(tunnel, target.clone(), wanted.tls, known);
+        let leads_to = leads_to.map_err(|error| error.to_string())?;
+        let certificate = leads_to.probe().await?.map(Vec::from).unwrap_or_default();
+        let parts = |shared| site::Parts {
+            names: Names::new(wanted.tls, target.host(), target.port, shared),
+            target: leads_to,
+            agent,
+            path: wanted.path.clone(),
+            source,
+            exact: wanted.exact,
+        };
+        let (pages, port) = match self.web.domain() {
+            Some(domain) => (Pages::named(self.web.publish(domain, parts(None))), domain.port),
+            None => {
+                let (listener, port) = self.bind()?;
+                let label = site::secret();
+                (Pages::on_port(self.web.clone(), listener, parts(Some((port, &label)))), port)
+            }
+        };
+        let (host, path) = (pages.host().to_owned(), pages.path().to_owned());
+        let served = Served { port: port.into(), host, path, certificate, ..Served::default() };
+        Ok((Door::Pages(pages), served))
     }
 
     /// A free port of the range, from a random one on.
-    fn bind(&self) -> Result<TcpListener, String> {
-        let (first, last) = (u32::from(*self.ports.start()), u32::from(*self.ports.end()));
+    fn bind(&self) -> Result<(TcpListener, u16), String> {
+        let Some(ports) = &self.ports else {
+            return Err("this redirector has no ports ([redirector] ports)".to_owned());
+        };
+        let (first, last) = (u32::from(*ports.start()), u32::from(*ports.end()));
         let count = last - first + 1;
         let start = rand::random_range(0..count);
         for step in 0..count {
-            let port = first + (start + step) % count;
-            let address = SocketAddr::from((Ipv6Addr::UNSPECIFIED, port as u16));
-            match listen::try_tcp(address) {
-                Ok(listener) => return Ok(listener),
+            let port = (first + (start + step) % count) as u16;
+            match listen::try_tcp(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))) {
+                Ok(listener) => return Ok((listener, port)),
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => {}
                 Err(error) => {
                     warn!(%error, port, "a port of the redirector cannot be opened");
@@ -327,6 +366,12 @@ impl NotOpened {
     }
 }
 
+impl From<Failure> for NotOpened {
+    fn from(failure: Failure) -> Self {
+        Self { error: failure.what, unreachable: failure.unreachable }
+    }
+}
+
 impl From<String> for NotOpened {
     fn from(error: String) -> Self {
         Self { error, unreachable: true }
@@ -339,67 +384,34 @@ impl From<&str> for NotOpened {
     }
 }
 
-/// A port that leads somewhere.
+/// A session whose door is open.
 struct Opened {
-    port: u16,
-    listener: TcpListener,
+    door: Door,
     tunnel: Tunnel,
     events: mpsc::Receiver<SessionEvent>,
-    target: Target,
-    source: IpAddr,
     expires: Instant,
+    /// What the mediator is told.
+    served: Served,
+}
+
+/// How technicians come in.
+enum Door {
+    Port(Port),
+    Pages(Pages),
 }
 
 impl Opened {
     /// Serves it to its end; says why it ended.
     async fn run(mut self, turned_away: &Counter) -> String {
-        let mut client: Option<Client> = None;
-        // Who comes while another is here waits for a moment: programs close a connection and open the next at once.
-        let mut next: Option<(TcpStream, Instant)> = None;
-        let reason = loop {
-            if client.is_none()
-                && let Some((tcp, _)) = next.take()
-            {
-                client = Some(Client::new(tcp, self.tunnel.clone(), self.target.clone()));
-            }
-            let until = next.as_ref().map_or(self.expires, |(_, until)| (*until).min(self.expires));
-            tokio::select! {
-                // Whoever floods the port holds up neither its end nor the one connection.
-                biased;
-                () = async { client.as_mut().expect("checked").run.as_mut().await }, if client.is_some() => client = None,
-                event = self.events.recv() => match event {
-                    Some(SessionEvent::Closed { reason }) => break reason,
-                    Some(_) => {}
-                    None => break "the session has ended".to_owned(),
-                },
-                () = sleep_until(until) => {
-                    if Instant::now() >= self.expires {
-                        break "its time is over".to_owned();
-                    }
-                    if let Some((tcp, _)) = next.take() {
-                        turned_away.inc();
-                        abort(&tcp);
-                    }
-                }
-                (tcp, from) = listen::accept(&self.listener) => {
-                    if network(from.ip().to_canonical()) == network(self.source) {
-                        prepare(&tcp);
-                        if let Some((older, _)) = next.replace((tcp, Instant::now() + PATIENCE)) {
-                            turned_away.inc();
-                            abort(&older);
-                        }
-                    } else {
-                        turned_away.inc();
-                        // A reset leaves nothing behind here.
-                        abort(&tcp);
-                    }
-                }
-            }
+        let reason = tokio::select! {
+            // Whoever floods the door does not hold up its end.
+            biased;
+            reason = ended(&mut self.events) => reason,
+            () = sleep_until(self.expires) => "its time is over".to_owned(),
+            never = self.door.serve(&self.tunnel, turned_away) => match never {},
         };
-        // The port first: nobody comes in any more. What is cut ends with a reset, and not as if it were whole.
-        drop(self.listener);
-        client.iter().for_each(Client::abort);
-        drop(client);
+        // The door first: nobody comes in any more.
+        drop(self.door);
         self.tunnel.close(&reason);
         let closed = async { while self.events.recv().await.is_some() {} };
         let _ = timeout(GOODBYE, closed).await;
@@ -407,37 +419,22 @@ impl Opened {
     }
 }
 
-/// The one connection.
-struct Client {
-    run: Pin<Box<dyn Future<Output = ()> + Send>>,
-    /// A second handle on its socket.
-    socket: Option<Socket>,
-}
-
-impl Client {
-    fn new(tcp: TcpStream, tunnel: Tunnel, target: Target) -> Self {
-        let socket = SockRef::from(&tcp).try_clone().ok();
-        Self { run: Box::pin(pass(tcp, tunnel, target)), socket }
-    }
-
-    fn abort(&self) {
-        if let Some(socket) = &self.socket {
-            let _ = socket.set_linger(Some(Duration::ZERO));
+impl Door {
+    async fn serve(&mut self, tunnel: &Tunnel, turned_away: &Counter) -> Infallible {
+        match self {
+            Self::Port(port) => port.serve(tunnel, turned_away).await,
+            Self::Pages(pages) => pages.serve(turned_away).await,
         }
     }
 }
 
-/// Low latency; and a client whose way has died gives its place free soon.
-fn prepare(tcp: &TcpStream) {
-    tune(tcp);
-    #[cfg(target_os = "linux")]
-    let _ = SockRef::from(tcp).set_tcp_user_timeout(Some(UNACKNOWLEDGED));
-}
-
-async fn pass(tcp: TcpStream, tunnel: Tunnel, target: Target) {
-    let Ok(stream) = tunnel.open(&target).await else { return abort(&tcp) };
-    if let Err(error) = copy(tcp, stream).await {
-        tracing::debug!(%error, "a redirected connection broke");
+async fn ended(events: &mut mpsc::Receiver<SessionEvent>) -> String {
+    loop {
+        match events.recv().await {
+            Some(SessionEvent::Closed { reason }) => return reason,
+            Some(_) => {}
+            None => return "the session has ended".to_owned(),
+        }
     }
 }
 

@@ -29,12 +29,16 @@ use rustls::sign::CertifiedKey;
 use tracing::{info, warn};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use crate::organisation::unix_now;
+use crate::config::Https;
+use crate::server::unix_now;
 
-pub(crate) const ROOT_KEY: &str = "web-root-key.pem";
-pub(crate) const ROOT: &str = "web-root.pem";
-pub(crate) const KEY: &str = "https-key.pem";
-/// Name of the file in the directory.
+/// Name of the file in the directory, as are the next three.
+pub const ROOT_KEY: &str = "web-root-key.pem";
+/// See [`ROOT_KEY`].
+pub const ROOT: &str = "web-root.pem";
+/// See [`ROOT_KEY`].
+pub const KEY: &str = "https-key.pem";
+/// See [`ROOT_KEY`].
 pub const CERTIFICATE: &str = "https.pem";
 const DAY: u64 = 24 * 60 * 60;
 /// Browsers refuse more than 398 days.
@@ -72,6 +76,19 @@ impl Certificates {
     pub fn open(files: Files) -> Result<Arc<Self>, HttpsError> {
         let current = RwLock::new((stamp(&files), read(&files)?));
         Ok(Arc::new(Self { files, own: None, current }))
+    }
+
+    /// Those that a server shows: the operator's, when there are both files, else its own for `hosts`.
+    ///
+    /// # Errors
+    /// [`HttpsError`].
+    pub fn of(dir: &Path, https: &Https, hosts: &[String]) -> Result<Arc<Self>, HttpsError> {
+        match (&https.cert, &https.key) {
+            (Some(certificate), Some(key)) => {
+                Self::open(Files { certificate: certificate.clone(), key: key.clone() })
+            }
+            _ => Self::own(dir, hosts),
+        }
     }
 
     /// Those made here for `hosts`; they are made when they are not there, or are for others.
@@ -212,7 +229,7 @@ pub fn covers(names: &[String], host: &str) -> bool {
 }
 
 /// A host name in lower case, or an address as it is usually written.
-pub(crate) fn canonical(host: &str) -> String {
+pub fn canonical(host: &str) -> String {
     host.parse::<IpAddr>().map_or_else(|_| host.to_ascii_lowercase(), |ip| ip.to_string())
 }
 

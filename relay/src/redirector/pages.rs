@@ -1,0 +1,81 @@
+//! Pages for a browser: under a host name of the session's own, or on a port.
+
+use std::convert::Infallible;
+use std::future::pending;
+use std::sync::Arc;
+
+use adit_client::copy::abort;
+use adit_client::dial::tune;
+use prometheus_client::metrics::counter::Counter;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+
+use crate::listen;
+use crate::web::site::{Parts, Site};
+use crate::web::{Published, Web};
+
+/// Connections on a port at once: more than any browser opens.
+const CONNECTIONS: usize = 512;
+
+/// The pages of one session. Dropped, nothing of them is there any more.
+pub(super) enum Pages {
+    Named(Published),
+    OnPort { web: Arc<Web>, listener: TcpListener, site: Arc<Site>, path: String },
+}
+
+impl Pages {
+    pub(super) fn named(published: Published) -> Self {
+        Self::Named(published)
+    }
+
+    pub(super) fn on_port(web: Arc<Web>, listener: TcpListener, parts: Parts) -> Self {
+        let (site, path) = Site::new(parts, None);
+        Self::OnPort { web, listener, site, path }
+    }
+
+    /// The host name; empty where it is the server's.
+    pub(super) fn host(&self) -> &str {
+        match self {
+            Self::Named(published) => &published.host,
+            Self::OnPort { .. } => "",
+        }
+    }
+
+    /// Path of the link.
+    pub(super) fn path(&self) -> &str {
+        match self {
+            Self::Named(published) => &published.path,
+            Self::OnPort { path, .. } => path,
+        }
+    }
+
+    /// Serves them for as long as this is awaited.
+    pub(super) async fn serve(&mut self, turned_away: &Counter) -> Infallible {
+        // Names are served with the HTTPS port.
+        let Self::OnPort { web, listener, site, .. } = self else { return pending().await };
+        let mut connections = JoinSet::new();
+        loop {
+            tokio::select! {
+                (tcp, from) = listen::accept(listener) => {
+                    if site.is_for(from.ip()) && connections.len() < CONNECTIONS {
+                        tune(&tcp);
+                        let (web, site) = (web.clone(), site.clone());
+                        connections.spawn(async move { web.serve_port(tcp, site, from).await });
+                    } else {
+                        turned_away.inc();
+                        abort(&tcp);
+                    }
+                }
+                Some(_) = connections.join_next() => {}
+            }
+        }
+    }
+}
+
+impl Drop for Pages {
+    fn drop(&mut self) {
+        if let Self::OnPort { site, .. } = self {
+            site.close();
+        }
+    }
+}
