@@ -18,6 +18,8 @@ use crate::{poll, within};
 
 /// How long a command may take that does no more than talk to the server, on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+/// The redirector's domain.
+pub const DOMAIN: &str = "r.example.org";
 /// The agent's name.
 pub const AGENT: &str = "agent";
 
@@ -34,6 +36,8 @@ pub struct Setup {
     pub proxy: Option<ProxyKind>,
     /// Agent and policy permit the redirector.
     pub redirector: bool,
+    /// Each session of the redirector that shows pages has a host name below [`DOMAIN`].
+    pub domain: bool,
 }
 
 /// `ADIT_LOG` of all programs of this test, see [`log`].
@@ -48,7 +52,7 @@ impl Setup {
     /// An embedded relay, and an agent that allows everything on its loopback, TCP and UDP.
     pub fn new(topology: Topology) -> Self {
         let allow = ["127.0.0.0/8:1-65535", "127.0.0.0/8:1-65535/udp"].map(str::to_owned).to_vec();
-        Self { topology, embedded_relay: true, allow, proxy: None, redirector: false }
+        Self { topology, embedded_relay: true, allow, proxy: None, redirector: false, domain: false }
     }
 
     /// Agent and technician behind NATs through which nothing passes but connections to this proxy, which runs on
@@ -61,6 +65,12 @@ impl Setup {
     /// Agent and policy permit the redirector.
     pub fn redirector(mut self) -> Self {
         self.redirector = true;
+        self
+    }
+
+    /// Agent and policy permit the redirector, and its pages have host names of their own.
+    pub fn pages(mut self) -> Self {
+        (self.redirector, self.domain) = (true, true);
         self
     }
 
@@ -122,6 +132,12 @@ impl World {
                 lab.relays.iter().map(|host| format!("{:?}", host.address.to_string())).collect();
             let relays = format!("\nrelays = [{}]\n", names.join(", "));
             let config = std::fs::read_to_string(&file)?.replace("\nrelays = []\n", &relays);
+            std::fs::write(&file, config)?;
+        }
+        if setup.domain {
+            let file = format!("{}/config.toml", dir("server"));
+            let domain = format!("\ndomain = {DOMAIN:?}\n");
+            let config = std::fs::read_to_string(&file)?.replace("\ndomain = \"\"\n", &domain);
             std::fs::write(&file, config)?;
         }
         let relay = if setup.embedded_relay { "on" } else { "off" };

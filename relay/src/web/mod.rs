@@ -25,11 +25,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use http::HeaderValue;
+use http::header::CONNECTION;
+use http::{HeaderValue, Request};
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::ServerConfig;
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::timeout;
@@ -38,7 +41,7 @@ use tokio_rustls::StartHandshake;
 use crate::Visit;
 use crate::certificates::Certificates;
 use guarded::{Guarded, Watch};
-use site::{Parts, Site};
+use site::{Parts, Site, asks_for_websocket};
 
 /// The protocol that is spoken with browsers (RFC 7301 section 6).
 pub const ALPN_HTTP: &[u8] = b"http/1.1";
@@ -203,11 +206,29 @@ struct Guest {
 }
 
 impl Guest {
-    async fn answer(&self, request: http::Request<hyper::body::Incoming>) -> page::Answer {
-        let admitted = self.site.as_ref().and_then(|site| Some((site, site.admit(&request, self.from)?)));
-        let Some((site, admitted)) = admitted else { return page::nothing() };
-        self.shown.store(true, Ordering::Relaxed);
-        self.told.notify_one();
-        site.answer(request, admitted, self.from, &self.watch).await
+    async fn answer(&self, mut request: Request<Incoming>) -> page::Answer {
+        let switching = asks_for_websocket(request.headers());
+        let mut switch = switching.then(|| hyper::upgrade::on(&mut request));
+        let admitted =
+            self.site.as_ref().and_then(|site| Some((site, site.admit(&request, self.from, switching)?)));
+        let mut answer = match admitted {
+            Some((site, admitted)) => {
+                self.shown.store(true, Ordering::Relaxed);
+                self.told.notify_one();
+                site.answer(request, admitted, self.from, &mut switch, &self.watch).await
+            }
+            None => page::nothing(),
+        };
+        if let Some(switch) = switch {
+            // It goes no further. What stands behind the wish was not looked at.
+            answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+            self.watch.stayed();
+            tokio::spawn(async move {
+                if let Ok(connection) = switch.await {
+                    let _ = TokioIo::new(connection).shutdown().await;
+                }
+            });
+        }
+        answer
     }
 }

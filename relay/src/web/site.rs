@@ -57,8 +57,6 @@ pub(super) enum Admitted {
     Known {
         /// `HOST[:PORT]` as the browser knows it.
         public: HeaderValue,
-        /// It asks for a WebSocket.
-        switching: bool,
     },
 }
 
@@ -124,7 +122,12 @@ impl Site {
     }
 
     /// Whether somebody from there may ask this. `None`: nothing is here for him.
-    pub(super) fn admit(&self, request: &Request<Incoming>, from: IpAddr) -> Option<Admitted> {
+    pub(super) fn admit(
+        &self,
+        request: &Request<Incoming>,
+        from: IpAddr,
+        switching: bool,
+    ) -> Option<Admitted> {
         let headers = request.headers();
         let host = headers.get(HOST)?;
         if !self.is_for(from) || self.own.as_ref().is_some_and(|own| !is_same_host(host, own)) {
@@ -137,13 +140,11 @@ impl Site {
         }
         let public = self.own.clone().unwrap_or_else(|| host.clone());
         let known = self.names.shown(headers).any(|shown| is_same(shown, &self.secret));
-        let mut upgrades = headers.get_all(UPGRADE).iter();
-        let switching = upgrades.any(|to| to.as_bytes().eq_ignore_ascii_case(b"websocket"));
         if !known || !is_from_here(request.method(), headers, &public, switching) {
             return None;
         }
         self.pin(from);
-        Some(Admitted::Known { public, switching })
+        Some(Admitted::Known { public })
     }
 
     /// Answers a request of somebody who may ask.
@@ -152,14 +153,15 @@ impl Site {
         mut request: Request<Incoming>,
         admitted: Admitted,
         from: IpAddr,
+        browser: &mut Option<OnUpgrade>,
         watch: &Arc<Watch>,
     ) -> Answer {
-        let Admitted::Known { public, switching } = admitted else { return self.entered() };
+        let Admitted::Known { public } = admitted else { return self.entered() };
+        let switching = browser.is_some();
         if switching && (request.method() != Method::GET || !asks_to_switch(request.headers())) {
             return page::malformed();
         }
         let asked = request.headers().get(ACCEPT).cloned();
-        let browser = switching.then(|| hyper::upgrade::on(&mut request));
         if self.direct(&mut request, &public, from, switching).is_none() {
             return page::malformed();
         }
@@ -177,14 +179,10 @@ impl Site {
         if let Err(Elsewhere(place)) = self.names.response(response.headers_mut(), &public, switched) {
             return page::elsewhere(asked.as_ref(), &self.agent, &self.target_name(), &place);
         }
-        if let Some(browser) = browser {
-            if switched {
-                let target = hyper::upgrade::on(&mut response);
-                tokio::spawn(pass(browser, target, watch.clone(), self.closed.clone()));
-                return response.map(|_| Either::Right(Full::default()));
-            }
-            // What stands behind the wish was not looked at.
-            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        if let Some(browser) = browser.take_if(|_| switched) {
+            let target = hyper::upgrade::on(&mut response);
+            tokio::spawn(pass(browser, target, watch.clone(), self.closed.clone()));
+            return response.map(|_| Either::Right(Full::default()));
         }
         response.map(Either::Left)
     }
@@ -301,6 +299,11 @@ fn is_same(shown: &str, secret: &str) -> bool {
 fn is_same_host(host: &HeaderValue, own: &HeaderValue) -> bool {
     let host = host.as_bytes();
     host.strip_suffix(b":443").unwrap_or(host).eq_ignore_ascii_case(own.as_bytes())
+}
+
+/// Whether a request asks for a WebSocket: what [`super::strict::Framing`] takes for it.
+pub(super) fn asks_for_websocket(headers: &HeaderMap) -> bool {
+    headers.get_all(UPGRADE).iter().any(|to| to.as_bytes().eq_ignore_ascii_case(b"websocket"))
 }
 
 fn asks_to_switch(headers: &HeaderMap) -> bool {

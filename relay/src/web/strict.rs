@@ -130,8 +130,12 @@ impl Framing {
             }
             b'\n' => None,
             _ => {
-                let short = matches!(self.state, State::Chunk | State::BehindChunk);
-                if short && self.line.len() >= MAX_CHUNK_LINE {
+                let longest = match self.state {
+                    State::Chunk => MAX_CHUNK_LINE,
+                    State::BehindChunk => 0,
+                    _ => MAX_HEAD,
+                };
+                if self.line.len() >= longest {
                     return None;
                 }
                 self.line.push(byte);
@@ -157,7 +161,7 @@ impl Framing {
                     length => State::InChunk(length),
                 })
             }
-            State::BehindChunk => line.is_empty().then_some(State::Chunk),
+            State::BehindChunk => Some(State::Chunk),
             State::Trailer if line.is_empty() => Some(self.next_head()),
             State::Trailer => {
                 let (name, _) = split_field(line)?;

@@ -5,9 +5,11 @@ mod http;
 mod noise;
 mod ticks;
 mod transfer;
+mod web;
 
 pub use greeter::greeter;
 pub use http::HttpServer;
 pub use noise::{Noise, hex, sha256};
 pub use ticks::{TickReport, TickServer, Ticking, tick};
 pub use transfer::{TransferServer, download, stall, upload};
+pub use web::WebServer;
