@@ -227,8 +227,16 @@ impl Drop for TunnelStream {
 
 impl AsyncRead for TunnelStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        let bytes = ready!(self.poll_read_chunk(cx, buf.remaining()))?;
-        buf.put_slice(&bytes);
+        // As much as fits: whoever reads through a buffer does as much work for a small piece as for a large one.
+        let before = buf.filled().len();
+        while buf.remaining() > 0 {
+            match self.poll_read_chunk(cx, buf.remaining()) {
+                Poll::Ready(Ok(bytes)) if !bytes.is_empty() => buf.put_slice(&bytes),
+                Poll::Ready(Err(error)) if buf.filled().len() == before => return Poll::Ready(Err(error.into())),
+                Poll::Pending if buf.filled().len() == before => return Poll::Pending,
+                _ => break,
+            }
+        }
         Poll::Ready(Ok(()))
     }
 }
