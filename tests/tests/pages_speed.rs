@@ -15,7 +15,7 @@ lab_tests!(beside_nginx);
 
 const CONNECTIONS: usize = 64;
 const ROUNDS: usize = 3;
-const SECONDS: u64 = 2;
+const SECONDS: u64 = 4;
 /// Port of the web server beside the agent, and of nginx on the server.
 const TARGET: u16 = 8080;
 const PROXY: u16 = 8443;
@@ -124,6 +124,9 @@ async fn wrk(host: &Host, url: &str, cookie: &str) -> anyhow::Result<Load> {
     ]);
     let said = host.spawn(command)?.finish(Duration::from_secs(SECONDS + 20)).await?.ok()?;
     ensure!(!said.contains("Non-2xx") && !said.contains("Socket errors"), "{said}");
+    if std::env::var_os("ADIT_WRK").is_some() {
+        println!("{said}");
+    }
     let after = |word: &str| said.lines().find_map(|line| line.trim().strip_prefix(word).map(str::trim));
     let rate = after("Requests/sec:").and_then(|rate| rate.parse().ok()).with_context(|| said.clone())?;
     let p99 = after("99%").and_then(time).with_context(|| said.clone())?;

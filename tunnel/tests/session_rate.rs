@@ -26,8 +26,9 @@ impl Line {
     }
 }
 
-/// Megabits a second in the last half of `seconds`, and the longest queue in front of the line.
-fn bulk(megabits: f64, one_way: Duration, seconds: f64) -> (f64, Duration) {
+/// Megabits a second of each stream in the last half of `seconds`, and the longest queue in front of the line. They begin
+/// one after the other in the first quarter.
+fn bulk(megabits: f64, one_way: Duration, seconds: f64, streams: u32) -> (Vec<f64>, Duration) {
     let start = Instant::now();
     let (mut now, end) = (start, start + Duration::from_secs_f64(seconds));
     let id = SessionId([1; 16]);
@@ -45,9 +46,13 @@ fn bulk(megabits: f64, one_way: Duration, seconds: f64) -> (f64, Duration) {
     };
     // By the end that they lead to.
     let mut lines = [line(), line()];
-    let stream = ends[0].open("127.0.0.1:1".parse().expect("a target")).expect("opens");
-    let (mut halfway, mut received) = (None, 0u64);
+    let mut open: Vec<StreamId> = Vec::new();
+    let (mut halfway, mut received) = (None, vec![0u64; streams as usize]);
     while now < end {
+        let due = start + Duration::from_secs_f64(seconds / 4.0) * open.len() as u32 / streams;
+        if open.len() < streams as usize && now >= due {
+            open.push(ends[0].open("127.0.0.1:1".parse().expect("a target")).expect("opens"));
+        }
         for this in 0..2 {
             while let Some(event) = ends[this].poll_event() {
                 match event {
@@ -56,14 +61,16 @@ fn bulk(megabits: f64, one_way: Duration, seconds: f64) -> (f64, Duration) {
                     _ => {}
                 }
             }
-            if this == 0 {
-                let room = ends[0].writable(stream).expect("it lives");
-                if room > 0 {
-                    ends[0].write(stream, Bytes::from(vec![0; room.min(256 * 1024)])).expect("it lives");
-                }
-            } else {
-                while let Ok(Some(bytes)) = ends[1].read(now, stream, usize::MAX) {
-                    received += bytes.len() as u64;
+            for (number, stream) in open.iter().enumerate() {
+                if this == 0 {
+                    let room = ends[0].writable(*stream).expect("it lives");
+                    if room > 0 {
+                        ends[0].write(*stream, Bytes::from(vec![0; room.min(256 * 1024)])).expect("it lives");
+                    }
+                } else {
+                    while let Ok(Some(bytes)) = ends[1].read(now, *stream, usize::MAX) {
+                        received[number] += bytes.len() as u64;
+                    }
                 }
             }
             ends[this].take_wakes();
@@ -75,7 +82,7 @@ fn bulk(megabits: f64, one_way: Duration, seconds: f64) -> (f64, Duration) {
             }
         }
         if halfway.is_none() && now >= start + Duration::from_secs_f64(seconds / 2.0) {
-            halfway = Some((now, received));
+            halfway = Some((now, received.clone()));
         }
         let arrivals = lines.iter().filter_map(|line| line.on_the_way.front().map(|(at, _)| *at));
         let timers = ends.iter().filter_map(Session::poll_timeout);
@@ -91,8 +98,9 @@ fn bulk(megabits: f64, one_way: Duration, seconds: f64) -> (f64, Duration) {
         }
     }
     let (since, before) = halfway.expect("long enough");
-    let rate = (received - before) as f64 * 8.0 / 1e6 / (now - since).as_secs_f64();
-    (rate, lines[1].longest_queue)
+    let rate = |bytes: u64| bytes as f64 * 8.0 / 1e6 / (now - since).as_secs_f64();
+    let rates = received.iter().zip(before).map(|(after, before)| rate(after - before)).collect();
+    (rates, lines[1].longest_queue)
 }
 
 #[test]
@@ -108,9 +116,23 @@ fn lines_are_full_and_queues_are_short() {
         (5_000.0, micros(50), 0.4, ms(30)),
     ];
     for (megabits, one_way, seconds, most) in lines {
-        let (rate, queue) = bulk(megabits, one_way, seconds);
+        let (rates, queue) = bulk(megabits, one_way, seconds, 1);
+        let rate = rates[0];
         println!("{megabits} Mbit/s, {one_way:?} one way: {rate:.0} Mbit/s, longest queue {queue:?}");
         assert!(rate > 0.9 * megabits, "only {rate:.0} of {megabits} Mbit/s");
         assert!(queue < most, "{queue:?} in front of a line of {megabits} Mbit/s");
+    }
+}
+
+/// Who comes first may have the whole budget, and gives it back.
+#[test]
+fn streams_share_a_line() {
+    for (megabits, one_way) in [(100.0, Duration::from_millis(20)), (2_000.0, Duration::from_millis(20))] {
+        let (mut rates, _) = bulk(megabits, one_way, 4.0, 64);
+        rates.sort_by(f64::total_cmp);
+        let (slowest, fastest, sum) = (rates[0], rates[63], rates.iter().sum::<f64>());
+        println!("{megabits} Mbit/s, 64 streams: {slowest:.2} to {fastest:.2}, {sum:.0} in all");
+        assert!(sum > 0.9 * megabits, "{sum:.0} of {megabits} Mbit/s");
+        assert!(slowest > 0.7 * fastest, "{slowest:.2} beside {fastest:.2} Mbit/s");
     }
 }

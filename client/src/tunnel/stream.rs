@@ -232,7 +232,9 @@ impl AsyncRead for TunnelStream {
         while buf.remaining() > 0 {
             match self.poll_read_chunk(cx, buf.remaining()) {
                 Poll::Ready(Ok(bytes)) if !bytes.is_empty() => buf.put_slice(&bytes),
-                Poll::Ready(Err(error)) if buf.filled().len() == before => return Poll::Ready(Err(error.into())),
+                Poll::Ready(Err(error)) if buf.filled().len() == before => {
+                    return Poll::Ready(Err(error.into()));
+                }
                 Poll::Pending if buf.filled().len() == before => return Poll::Pending,
                 _ => break,
             }

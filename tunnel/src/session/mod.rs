@@ -278,11 +278,15 @@ pub struct Session {
     seen: RangeSet,
     /// Sum of all streams' receive windows.
     windows_total: u64,
+    /// A stream wanted more of a window, and less was left than its equal share.
+    scarce: bool,
     /// Sum of what all streams retain.
     retained: u64,
 
     /// Streams with something for the active carrier.
     ready: VecDeque<StreamId>,
+    /// What is left of the first one's turn, in bytes; 0: all of it.
+    turn_left: usize,
     pending: control::Pending,
     wakes: Vec<CarrierId>,
     events: VecDeque<Event>,
@@ -308,8 +312,10 @@ impl Session {
             next_stream: 0,
             seen: RangeSet::default(),
             windows_total: 0,
+            scarce: false,
             retained: 0,
             ready: VecDeque::new(),
+            turn_left: 0,
             pending: control::Pending::default(),
             wakes: Vec::new(),
             events: VecDeque::new(),
@@ -564,13 +570,22 @@ impl Session {
     }
 
     /// Enlarges a stream's window when that helps and the budget has room: every stream that may still
-    /// be opened keeps its least, and no stream takes more than half of what is left.
+    /// be opened keeps its least, and no stream takes more than half of what is left. Who came first may have taken
+    /// most of it; once another is short of its equal share, those above theirs give it back as they are read.
     fn grow_window(&mut self, id: StreamId) {
         let reserve = (self.config.max_streams.saturating_sub(self.streams.len())) as u64 * INITIAL_WINDOW;
-        let left = self.config.budget.saturating_sub(self.windows_total + reserve);
+        let room = self.config.budget.saturating_sub(reserve);
+        let left = room.saturating_sub(self.windows_total);
+        let share = (room / self.streams.len().max(1) as u64).max(INITIAL_WINDOW);
         let Some(Stream::Live(live)) = self.streams.get_mut(&id) else { return };
-        if live.recv.wants_growth() {
+        if left > room / 4 {
+            self.scarce = false;
+        }
+        if self.scarce && live.recv.window > share {
+            self.windows_total -= live.recv.shrink(share);
+        } else if live.recv.wants_growth() {
             let more = live.recv.window.min(left / 2);
+            self.scarce |= more < live.recv.window && live.recv.window + more < share;
             live.recv.grow(more);
             self.windows_total += more;
         }
@@ -602,18 +617,28 @@ impl Session {
         }
     }
 
-    /// A stream has something for the active carrier.
+    /// A stream has something for the active carrier, perhaps.
     fn mark_ready(&mut self, id: StreamId) {
+        self.mark(id, VecDeque::push_back);
+    }
+
+    /// The same, before all others. Whether it has.
+    fn mark_first(&mut self, id: StreamId) -> bool {
+        self.mark(id, VecDeque::push_front)
+    }
+
+    fn mark(&mut self, id: StreamId, push: impl FnOnce(&mut VecDeque<StreamId>, StreamId)) -> bool {
         let technician = self.end == End::Technician;
-        let Some(Stream::Live(live)) = self.streams.get_mut(&id) else { return };
+        let Some(Stream::Live(live)) = self.streams.get_mut(&id) else { return false };
         let wants = live.send.has_pending() || (technician && !live.opened && live.open_sent_on.is_none());
         if wants && !live.queued {
             live.queued = true;
-            self.ready.push_back(id);
+            push(&mut self.ready, id);
         }
         if wants {
             self.wake_active();
         }
+        wants
     }
 
     /// What went out on a carrier that is gone, and may not have arrived, is said again.

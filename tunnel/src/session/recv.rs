@@ -169,6 +169,13 @@ impl RecvHalf {
         self.held = false;
     }
 
+    /// Narrows the window to `to` bytes, or to what the peer may still send of what it was told. Returns by how much.
+    pub(super) fn shrink(&mut self, to: u64) -> u64 {
+        let before = self.window;
+        self.window = (self.told_credit - self.read).max(to).min(before);
+        before - self.window
+    }
+
     fn append(&mut self, bytes: Bytes) {
         self.received += bytes.len() as u64;
         if bytes.len() < SMALL {

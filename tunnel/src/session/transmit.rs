@@ -178,9 +178,19 @@ impl Session {
         }
         let before = out.len();
         while let Some(stream) = self.poll_lane(id) {
-            let turn = if self.ready.is_empty() { LONG_TURN } else { TURN };
+            let turn = match std::mem::take(&mut self.turn_left) {
+                0 if self.ready.is_empty() => LONG_TURN,
+                0 => TURN,
+                left => left,
+            };
             let payload = self.stream_frames(now, id, stream, turn.min(room), out);
-            self.mark_ready(stream);
+            let sent = payload.as_ref().map_or(0, Bytes::len);
+            // Its turn goes on while the carrier is full, and from one piece to the next: else others would get more.
+            if sent < turn && self.mark_first(stream) {
+                self.turn_left = turn - sent;
+            } else {
+                self.mark_ready(stream);
+            }
             if out.len() > before {
                 return payload;
             }
