@@ -108,6 +108,17 @@ impl Marker {
         picture
     }
 
+    /// Whether it fills a good part of this picture (PNG).
+    pub async fn is_in_file(&self, host: &Host, picture: &Path) -> anyhow::Result<bool> {
+        let pixels = picture.with_extension("rgb");
+        let mut command = Command::new("convert");
+        command.arg(picture).args(["-depth", "8"]).arg(format!("rgb:{}", pixels.display()));
+        host.spawn(command)?.finish(PATIENCE).await?.ok()?;
+        let read = std::fs::read(&pixels)?;
+        std::fs::remove_file(&pixels)?;
+        Ok(self.is_in(&read))
+    }
+
     /// Each colour on a tenth of the pixels at least, as near as a lossy picture keeps it.
     fn is_in(&self, pixels: &[u8]) -> bool {
         self.0.iter().all(|colour| {

@@ -10,10 +10,12 @@
 //! | [`proxy`] | real HTTP proxies: squid and tinyproxy |
 //! | [`machine`] | a machine with a systemd of its own, for services and packages |
 //! | [`internet`] | connects machines: public addresses, names, customers' networks behind NAT |
+//! | [`browser`] | Chromium, driven as a person would |
 //! | [`desktop`] | a screen with a marker drawn for this run, and how to find it in a picture |
 //!
 //! By hand: `cargo run -p adit-tests --bin lab -- up --agent cone --technician symmetric`.
 
+pub mod browser;
 pub mod desktop;
 pub mod harness;
 pub mod internet;

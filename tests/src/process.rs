@@ -187,7 +187,8 @@ pub fn print_outputs() {
         }
         eprintln!("--- {} ({} lines)", output.name, lines.text.len());
         for line in lines.text.iter().skip(lines.text.len().saturating_sub(END)) {
-            eprintln!("    {line}");
+            // Pictures have long lines.
+            eprintln!("    {}", &line[..line.floor_char_boundary(2000)]);
         }
     }
 }
