@@ -1,15 +1,18 @@
-//! Row 4 of the threats: whatever way a target is spelled, an agent connects to nothing that its allow list has not.
+//! Rows 4 and 5 of the threats: whatever way a target is spelled, and wherever its name points from one moment to the next,
+//! an agent connects to nothing that its allow list has not.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use adit_tests::lab::{NatKind, Topology};
+use adit_tests::lab::{Host, NatKind, Topology};
 use adit_tests::lab_tests;
 use adit_tests::world::{AGENT, PATIENCE, Setup, World};
 use anyhow::{Context, ensure};
 use tokio::net::UdpSocket;
 
-lab_tests!(row_04_canaries_hear_nothing);
+lab_tests!(row_04_canaries_hear_nothing, row_05_a_name_that_turns_to_loopback);
 
 /// Loopback, link-local, metadata, translated and private addresses, as names, numbers and in wrappings.
 const CANARIES: [&str; 19] = [
@@ -103,4 +106,88 @@ async fn row_04_canaries_hear_nothing() -> anyhow::Result<()> {
     let counted = agent.sent().context("counted")?;
     ensure!(counted > 0, "an allowed connection is not counted: the counter counts nothing");
     Ok(())
+}
+
+/// Its first address is public and allowed, and the next one loopback; then again.
+async fn row_05_a_name_that_turns_to_loopback() -> anyhow::Result<()> {
+    let topology = Topology::new(NatKind::Cone, NatKind::Cone);
+    let allow = ["198.18.0.0/15:1-65535", "rebind.example:8086"];
+    let world = World::up(Setup::new(topology).allow(&allow).redirector()).await?;
+    let (agent, server) = (&world.lab.agent.host, world.lab.server.address);
+    let answers = flipping_resolver(agent, server).await?;
+    // Connections to the server are not counted: that is the public address.
+    agent.count_sent(server, PORT)?;
+    let data = world.data("technician");
+    let forward = world.technician(&["forward", AGENT, "-D", "0", "--json", "--data", &data])?;
+    let local: SocketAddr =
+        forward.event(PATIENCE, "listening", 0, |event| event["local"].as_str()?.parse().ok()).await?;
+    let mut tried = 0;
+    for _ in 0..12 {
+        let mut command = Command::new("curl");
+        let url = format!("http://rebind.example:{PORT}/");
+        command.args(["-sS", "--max-time", "10", "-x", &format!("socks5h://{local}"), &url]);
+        world.lab.technician.host.spawn(command)?.finish(PATIENCE).await?;
+        for command in [&["stdio"][..], &["redirect"]] {
+            let target = format!("rebind.example:{PORT}");
+            let arguments = [command, &[AGENT, &target, "--data", &data]].concat();
+            let finished = world.technician(&arguments)?.finish(PATIENCE).await?;
+            ensure!(finished.code == 3 || finished.code == 4, "{finished:?}");
+        }
+        tried += 3;
+    }
+    let (public, loopback) = (answers[0].load(Ordering::Relaxed), answers[1].load(Ordering::Relaxed));
+    let sent = agent.sent()?;
+    println!(
+        "{tried} tries, the name was public {public} times and loopback {loopback} times: {sent} packets to others"
+    );
+    ensure!(sent == 0, "the agent connected to loopback");
+    ensure!(public >= 10 && loopback >= 10, "it did not flip");
+    Ok(())
+}
+
+/// A name server for `host`: every name is `public`, and at the next question loopback. How often it said which.
+async fn flipping_resolver(host: &Host, public: Ipv4Addr) -> anyhow::Result<Arc<[AtomicUsize; 2]>> {
+    let said: Arc<[AtomicUsize; 2]> = Arc::default();
+    let (counts, (ready, is_ready)) = (said.clone(), tokio::sync::oneshot::channel());
+    host.task(async move {
+        // Where the lab's hosts look for one.
+        let socket = UdpSocket::bind("127.0.0.53:53").await?;
+        let _ = ready.send(());
+        // One for each version: both are asked for at once.
+        let mut turns = [0; 2];
+        let mut question = [0; 512];
+        loop {
+            let (length, from) = socket.recv_from(&mut question).await?;
+            let asked = &question[..length];
+            // Behind the header: the name, then type and class (RFC 1035 section 4.1).
+            let Some(end) = asked.iter().skip(12).position(|byte| *byte == 0).map(|at| 12 + at + 5) else {
+                continue;
+            };
+            let Some(section) = asked.get(12..end) else { continue };
+            let ipv6 = section[section.len() - 3] == 28;
+            let turn = turns[usize::from(ipv6)] % 2;
+            let address: IpAddr = match (turn, ipv6) {
+                (0, false) => public.into(),
+                (_, false) => Ipv4Addr::LOCALHOST.into(),
+                (0, true) => public.to_ipv6_mapped().into(),
+                (_, true) => Ipv6Addr::LOCALHOST.into(),
+            };
+            counts[turn].fetch_add(1, Ordering::Relaxed);
+            turns[usize::from(ipv6)] += 1;
+            let mut answer =
+                [&asked[..2], &[0x81, 0x80, 0, 1, 0, 1, 0, 0, 0, 0], section, &[0xc0, 12]].concat();
+            answer.extend_from_slice(&section[section.len() - 4..]);
+            // For no time at all.
+            answer.extend_from_slice(&[0; 4]);
+            match address {
+                IpAddr::V4(ip) => answer.extend([&[0, 4][..], &ip.octets()].concat()),
+                IpAddr::V6(ip) => answer.extend([&[0, 16][..], &ip.octets()].concat()),
+            }
+            socket.send_to(&answer, from).await?;
+        }
+        #[allow(unreachable_code)]
+        anyhow::Ok(())
+    })?;
+    is_ready.await?;
+    Ok(said)
 }
