@@ -19,6 +19,7 @@ pub mod known;
 pub mod leg;
 pub mod log;
 mod os;
+pub mod place;
 pub mod probe;
 pub mod proxy;
 pub mod service;

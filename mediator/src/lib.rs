@@ -11,6 +11,7 @@
 //! | [`token`], [`enrolment`] | how devices get their identity |
 //! | [`store`], [`directory`] | what must last, and who is enrolled and may do what |
 //! | [`server`] | what listens where |
+//! | [`api`] | what scripts ask over HTTPS |
 //! | [`channel`], [`presence`] | control channels, and who is there |
 //! | [`broker`], [`sessions`] | requests for sessions, and the sessions that live |
 //! | [`relays`] | relays and tickets for them |
@@ -18,6 +19,7 @@
 //! | [`stun`] | 8002/udp |
 
 pub mod admin;
+pub mod api;
 pub mod audit;
 pub mod backup;
 pub mod broker;

@@ -37,6 +37,7 @@ use tokio_rustls::{LazyConfigAcceptor, StartHandshake, TlsStream};
 use tracing::{debug, error, info};
 
 use crate::admin;
+use crate::api::Api;
 use crate::audit::Audit;
 use crate::broker::Broker;
 use crate::channel::{self, Greeting};
@@ -171,6 +172,7 @@ impl Mediator {
         let port = sockets.https.local_addr()?.port();
         let domain = config.redirector.domain.clone().map(|name| Domain { name, port });
         let browsers = Web::new(certificates.clone(), domain).map_err(tls::TlsError::from)?;
+        browsers.set_api(Arc::new(Api::new(broker.clone())));
         let redirector = match &relay {
             Some((_, listener)) if config.redirector.own().is_on() => {
                 let ports = config.redirector.ports.clone().map(|Ports(ports)| ports);
@@ -425,7 +427,7 @@ impl Doors {
                 }
             }
             Ok(Ok(Shown::Browser(hello))) => {
-                if !self.browsers.serve(*hello, from.ip(), visit).await {
+                if !self.browsers.serve(*hello, from, visit).await {
                     self.door.offended(from.ip(), Offence::Left);
                 }
             }

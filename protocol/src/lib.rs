@@ -9,10 +9,12 @@
 //! | [`enrol`] | enrolment messages (Protocol Buffers) | new device and mediator |
 //! | [`token`] | one-time enrolment tokens (text) | operator to device |
 //! | [`ticket`] | signed grants for one leg of one session (PASETO v4.public) | mediator to relay |
+//! | [`api`] | bearer tokens of the API (PASETO v4.public) | scripts to mediator |
 //! | [`leg`] | what a device says first on 8002/tcp | device and relay |
 //! | [`frame`] | frames inside a tunnel | agent and technician |
 //! | [`target`] | `HOST:PORT[/udp]` | everywhere |
 
+pub mod api;
 pub mod control;
 pub mod enrol;
 pub mod frame;

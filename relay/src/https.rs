@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::io;
-use std::net::IpAddr;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -51,7 +51,7 @@ pub async fn serve(
             (stream, from, visit) = relay.door().accept(&listener) => {
                 tune(&stream);
                 let web = web.clone();
-                tasks.spawn(enter(relay.clone(), identity.clone(), web, stream, from.ip(), visit));
+                tasks.spawn(enter(relay.clone(), identity.clone(), web, stream, from, visit));
             }
             Some(_) = tasks.join_next() => {}
         }
@@ -64,7 +64,7 @@ async fn enter(
     identity: Arc<Live>,
     web: Option<Arc<Web>>,
     stream: TcpStream,
-    from: IpAddr,
+    from: SocketAddr,
     mut visit: Visit,
 ) {
     let shown = tokio::select! {
@@ -94,7 +94,7 @@ async fn enter(
         }
         Err(_) => Offence::Silent,
     };
-    relay.door().offended(from, offence);
+    relay.door().offended(from.ip(), offence);
 }
 
 /// Who is there.

@@ -1,6 +1,7 @@
 //! The redirector's TCP ports: for programs on machines without adit, when policy and agent both permit it.
 
 use std::net::SocketAddr;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -23,6 +24,7 @@ lab_tests!(
     what_cannot_be_opened_is_said_in_a_line,
     a_grant_taken_away_closes_the_port,
     a_local_port_leads_to_the_redirector,
+    a_script_opens_a_port,
     row_20_the_redirector_is_the_last_tier_and_never_a_silent_one,
 );
 
@@ -348,4 +350,75 @@ async fn counting(host: &Host) -> anyhow::Result<(Arc<AtomicUsize>, u16)> {
         anyhow::Ok(())
     })?;
     Ok((counter, listening.await?))
+}
+
+/// The same over the API: with a token of the technician's, and nothing at all without.
+async fn a_script_opens_a_port() -> anyhow::Result<()> {
+    let world = World::up(Setup::new(Topology::new(NatKind::Cone, NatKind::Cone)).redirector()).await?;
+    let technician = &world.lab.technician.host;
+    let transfers = TransferServer::start(&world.lab.agent.host).await?;
+    let data = world.data("technician");
+    let token =
+        world.technician(&["api-token", "--ttl", "5m", "--data", &data])?.finish(PATIENCE).await?.ok()?;
+    let api = async |token: &str, method: &str, path: &str, body: &str| {
+        let mut command = Command::new("curl");
+        let root = format!("{}/web-root.pem", world.data("server"));
+        let url = format!("https://{}{path}", world.lab.server.address);
+        let authorization = format!("Authorization: Bearer {token}");
+        command.args(["-sS", "--max-time", "30", "--cacert", &root, "-X", method, "-H", &authorization]);
+        command.args(["-w", " %{http_code}", "-d", body, &url]);
+        let said = technician.spawn(command)?.finish(PATIENCE).await?.ok()?;
+        let (body, status) = said.rsplit_once(' ').context("a status")?;
+        println!("{method} {path} {body}: {status}");
+        anyhow::Ok((status.parse::<u16>()?, body.to_owned()))
+    };
+    let (status, agents) = api(&token, "GET", "/api/v1/agents", "").await?;
+    let agents: Value = serde_json::from_str(&agents)?;
+    ensure!(status == 200 && agents[0]["name"] == AGENT && agents[0]["online"] == true, "{agents}");
+    let wish = format!(r#"{{"agent": "{AGENT}", "target": "127.0.0.1:{}", "ttl": 60}}"#, transfers.port);
+    let (status, opened) = api(&token, "POST", "/api/v1/redirect", &wish).await?;
+    let opened: Value = serde_json::from_str(&opened)?;
+    ensure!(
+        status == 200 && opened["source"] == world.lab.technician.public_address()?.to_string(),
+        "{opened}"
+    );
+    let at = address(&opened)?;
+    download(technician, at, 1, BYTES, DEADLINE).await?;
+    let session = format!("/api/v1/sessions/{}", opened["session"].as_str().context("a session")?);
+    ensure!(api(&token, "DELETE", &session, "").await?.0 == 204);
+    let closed = technician.task(async move {
+        poll(PATIENCE, "the port to be closed", async || TcpStream::connect(at).await.err()).await
+    })?;
+    within(PATIENCE, "the port to be closed", async { closed.await? }).await?;
+
+    for (body, code, said) in [
+        ("{", 400, "EOF"),
+        (r#"{"agent": "x"}"#, 400, "target"),
+        (r#"{"agent": "x", "target": "vnc"}"#, 400, "expected rdp"),
+        (r#"{"agent": "x", "target": "rdp"}"#, 404, "x"),
+        (r#"{"agent": "agent", "target": "198.51.100.1:22"}"#, 403, "allow list"),
+        (r#"{"agent": "agent", "target": "http://127.0.0.1:9/"}"#, 502, "refused the connection"),
+    ] {
+        let (status, answer) = api(&token, "POST", "/api/v1/redirect", body).await?;
+        ensure!(status == code && answer.contains(said), "{body}: {status} {answer}");
+    }
+    // Nobody without a token learns that there is an API.
+    let server = world.data("server");
+    for (token, path) in [
+        ("", "/api/v1/agents"),
+        ("x", "/api/v1/agents"),
+        (&token[..token.len() - 1], "/api/v1/agents"),
+        (&token, "/api/v1/agents/"),
+        (&token, "/api/v2/agents"),
+    ] {
+        let (status, body) = api(token, "GET", path, "").await?;
+        ensure!(status == 404 && body == "Nothing is here.\r\n", "{token} {path}: {body}");
+    }
+    adit_tests::world::run(&world.lab.server, "adit-mediator", &["revoke", "--data", &server, "technician"])
+        .await?;
+    let (status, body) = api(&token, "GET", "/api/v1/agents", "").await?;
+    ensure!(status == 404 && body == "Nothing is here.\r\n", "a revoked device: {body}");
+    let audit = std::fs::read_to_string(format!("{server}/audit.jsonl"))?;
+    ensure!(!audit.contains(&token), "the token is in the audit log");
+    Ok(())
 }

@@ -1,6 +1,7 @@
 //! The command line of `adit`: parses, runs, and maps errors to exit codes.
 
 mod agent;
+mod api_token;
 mod data;
 mod enroll;
 mod forward;
@@ -55,6 +56,7 @@ enum Command {
     Ssh(ssh::Ssh),
     Http(http::Http),
     Redirect(redirect::Redirect),
+    ApiToken(api_token::MakeToken),
     Stdio(stdio::Stdio),
     Status(status::Status),
     Service(service::Service),
@@ -95,6 +97,7 @@ fn run(cli: Cli) -> Result<ExitCode, Failed> {
             Command::Ssh(command) => return command.run().await,
             Command::Http(command) => command.run().await?,
             Command::Redirect(command) => command.run().await?,
+            Command::ApiToken(command) => command.run()?,
             Command::Stdio(command) => command.run().await?,
             Command::Status(command) => command.run().await?,
             Command::Service(command) => command.run()?,
@@ -166,6 +169,10 @@ enum CliError {
     NotRedirected(String),
     #[error("this command takes a TCP target, and {0} is UDP")]
     TcpOnly(adit_protocol::Target),
+    #[error("a token is good for 90 days at most")]
+    TooLong,
+    #[error("this device's key cannot sign")]
+    NoKey,
     #[error("{option} does not fit this target")]
     Unfit { option: &'static str },
 }
@@ -173,7 +180,9 @@ enum CliError {
 impl Failure for CliError {
     fn exit(&self) -> Exit {
         match self {
-            Self::Runtime(_) | Self::Ended(_) | Self::Program { .. } | Self::Write { .. } => Exit::Failed,
+            Self::NoKey | Self::Runtime(_) | Self::Ended(_) | Self::Program { .. } | Self::Write { .. } => {
+                Exit::Failed
+            }
             Self::NotOpened { .. } => Exit::TimedOut,
             Self::NoTier { exit, .. } => *exit,
             Self::Log(_)
@@ -185,6 +194,7 @@ impl Failure for CliError {
             | Self::NotRedirected(_)
             | Self::Unquotable
             | Self::Unfit { .. }
+            | Self::TooLong
             | Self::TcpOnly(_) => Exit::Usage,
             #[cfg(target_os = "linux")]
             Self::NoAgent { .. } => Exit::Usage,
@@ -196,6 +206,8 @@ impl Failure for CliError {
     fn remedy(&self) -> Option<String> {
         Some(match self {
             Self::Runtime(_) | Self::Write { .. } => return None,
+            Self::TooLong => "give a shorter --ttl, and make a new one in time".to_owned(),
+            Self::NoKey => "enrol this device again".to_owned(),
             Self::Log(_) => "for example --log debug, or --log warn,adit_client=trace".to_owned(),
             Self::NoHome => "name the state directory with --data".to_owned(),
             Self::WrongRole { wanted, .. } => {

@@ -3,11 +3,10 @@
 use std::fs;
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::time::Duration;
 
-use adit_protocol::control::{Redirected, Web};
-use adit_protocol::{Protocol, Role, Target};
+use adit_protocol::control::Redirected;
+use adit_protocol::{Protocol, Role};
 use clap::Args;
 use serde_json::json;
 
@@ -16,6 +15,7 @@ use super::launch::Launch;
 use super::{CliError, Failed};
 use crate::events::{complain, print_line, printable};
 use crate::known::{self, Known, fingerprint};
+use crate::place::Place;
 use crate::technician::Technician;
 
 /// Open a port or pages on the server that lead to a target beside an agent: for machines without adit.
@@ -75,12 +75,7 @@ impl Redirect {
             _ => None,
         };
         let expected = self.certificate.or(before);
-        let web = page.as_ref().map(|Page { tls, path }| Web {
-            tls: *tls,
-            certificate: expected.map(Vec::from).unwrap_or_default(),
-            path: path.clone(),
-            exact: false,
-        });
+        let web = page.as_ref().map(|page| page.wanted(expected));
         let technician = Technician::connect(identity).await?;
         let opened = technician.redirect(&self.agent, target, self.source, self.ttl, web).await?.redirected;
         if let Some(file) = &self.rdp {
@@ -141,57 +136,11 @@ impl Redirect {
     }
 }
 
-/// What is to be reached.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Place {
-    target: Target,
-    /// A web server is there.
-    page: Option<Page>,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Page {
-    tls: bool,
-    /// Path and query.
-    path: String,
-}
-
-impl FromStr for Place {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let whole = match text {
-            "rdp" => "127.0.0.1:3389",
-            "ssh" => "127.0.0.1:22",
-            "http" => "http://127.0.0.1/",
-            "https" => "https://127.0.0.1/",
-            other => other,
-        };
-        let wrong = || "expected rdp, ssh, http, https, HOST:PORT or a URL, IPv6 in brackets".to_owned();
-        let (tls, rest) = match (whole.strip_prefix("http://"), whole.strip_prefix("https://")) {
-            (Some(rest), _) => (false, rest),
-            (_, Some(rest)) => (true, rest),
-            _ => return Ok(Self { target: whole.parse().map_err(|_| wrong())?, page: None }),
-        };
-        let rest = rest.split('#').next().unwrap_or_default();
-        let (authority, path) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
-        let port = if tls { 443 } else { 80 };
-        let has_port = !authority.ends_with(']') && authority.contains(':');
-        let address = if has_port { authority.to_owned() } else { format!("{authority}:{port}") };
-        let target: Target = address.parse().map_err(|_| wrong())?;
-        if !path.bytes().all(|byte| byte.is_ascii_graphic()) {
-            return Err("in the URL's path, write other characters as %XX".to_owned());
-        }
-        let path = if path.starts_with('/') { path.to_owned() } else { format!("/{path}") };
-        Ok(Self { target, page: Some(Page { tls, path }) })
-    }
-}
-
 fn certificate(text: &str) -> Result<[u8; 32], String> {
     known::parse(text).ok_or_else(|| "expected a SHA-256: 32 bytes in hexadecimal digits".to_owned())
 }
 
-fn time(text: &str) -> Result<Duration, String> {
+pub(super) fn time(text: &str) -> Result<Duration, String> {
     let wrong = || "expected a time such as 30s, 10m or 2h".to_owned();
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let count: u64 = digits.parse().map_err(|_| wrong())?;
@@ -219,34 +168,5 @@ mod tests {
             assert_eq!(time(text), Ok(Duration::from_secs(seconds)));
         }
         assert!(["", "0", "m", "1d", "-1s", "99999999999999999999h"].iter().all(|text| time(text).is_err()));
-    }
-
-    #[test]
-    fn urls_are_web_servers() {
-        for (text, target, tls, path) in [
-            ("http", "127.0.0.1:80", false, "/"),
-            ("https", "127.0.0.1:443", true, "/"),
-            ("http://nas", "nas:80", false, "/"),
-            ("https://nas:5001/a/b?c=d#e", "nas:5001", true, "/a/b?c=d"),
-            ("http://[fd00::1]/x", "[fd00::1]:80", false, "/x"),
-            ("https://[fd00::1]:8443?x", "[fd00::1]:8443", true, "/?x"),
-        ] {
-            let place: Place = text.parse().expect(text);
-            assert_eq!(
-                (place.target.to_string().as_str(), place.page),
-                (target, Some(Page { tls, path: path.into() }))
-            );
-        }
-        for text in [
-            "http://",
-            "https:///x",
-            "http://a b/",
-            "http://u@h/",
-            "http://h:0/",
-            "http://h/\u{e9}",
-            "ftp://h/",
-        ] {
-            assert!(text.parse::<Place>().is_err(), "{text}");
-        }
     }
 }

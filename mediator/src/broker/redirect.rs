@@ -5,7 +5,9 @@ use std::net::IpAddr;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use adit_protocol::control::{Down, Grant, Redirect, Redirected, RefusedCode, Serve, Served, Up, Web};
+use adit_protocol::control::{
+    Closed, Down, Grant, Redirect, Redirected, RefusedCode, Serve, Served, Up, Web,
+};
 use adit_protocol::{DEFAULT_HTTPS_PORT, DeviceId, Protocol, Role, SessionId, Target};
 use adit_relay::run::host_port;
 use tokio::sync::{mpsc, oneshot};
@@ -58,21 +60,41 @@ impl Drop for Opening<'_> {
 }
 
 impl Broker {
-    /// Grants a port, or says why not; the answer comes later.
+    /// Grants a door, or says why not; the answer comes later.
     pub fn redirect(self: &Arc<Self>, channel: &Channel, redirect: Redirect) {
         let (broker, channel) = (self.clone(), channel.clone());
         tokio::spawn(async move {
-            let answer = match broker.try_redirect(&channel, &redirect).await {
-                Ok(redirected) => Down::Redirected(redirected),
-                Err(Failed::Refused(denied)) => {
-                    broker.note_refusal(&channel, &redirect, &denied).await;
-                    denied.into_message(redirect.request)
+            let answer = match broker.redirected(&channel, &redirect).await {
+                Ok(redirected) => {
+                    let session = redirected.session.clone();
+                    if channel.send(Down::Redirected(redirected)) {
+                        return;
+                    }
+                    // It hung up between its wish and the answer: nobody would ever use the door.
+                    let reason = "nobody waits for it".to_owned();
+                    let closed = Closed { session, reason, bytes_sent: 0, bytes_received: 0 };
+                    return broker.closed(&channel.device, closed).await;
                 }
-                // Its end is written down.
-                Err(Failed::Ended(denied)) => denied.into_message(redirect.request),
+                Err(denied) => denied.into_message(redirect.request),
             };
             channel.send(answer);
         });
+    }
+
+    /// Grants a door and waits until it is open; a refusal is written down.
+    ///
+    /// # Errors
+    /// Why there is none.
+    pub async fn redirected(&self, channel: &Channel, redirect: &Redirect) -> Result<Redirected, Denied> {
+        match self.try_redirect(channel, redirect).await {
+            Ok(redirected) => Ok(redirected),
+            Err(Failed::Refused(denied)) => {
+                self.note_refusal(channel, redirect, &denied).await;
+                Err(denied)
+            }
+            // Its end is written down.
+            Err(Failed::Ended(denied)) => Err(denied),
+        }
     }
 
     /// A redirector has opened a port, or could not.

@@ -20,13 +20,17 @@ pub mod target;
 
 use std::collections::HashMap;
 use std::convert::Infallible;
+use std::future::Future;
 use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
+use bytes::Bytes;
 use http::header::CONNECTION;
-use http::{HeaderValue, Request};
+use http::{HeaderValue, Request, Response};
+use http_body_util::{Either, Full};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -34,7 +38,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::ServerConfig;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio::time::timeout;
 use tokio_rustls::StartHandshake;
 
@@ -49,6 +53,8 @@ pub const ALPN_HTTP: &[u8] = b"http/1.1";
 const SHOWN: Duration = Duration::from_secs(5);
 /// How long a browser may be silent between requests, and take for a head.
 const SILENT: Duration = Duration::from_secs(75);
+/// Connections of programs that use the API.
+const SCRIPTS: usize = 256;
 /// What an HTTP server buffers of a connection: more than the longest head.
 const BUFFER: usize = 64 * 1024;
 
@@ -57,6 +63,21 @@ pub struct Web {
     tls: Arc<ServerConfig>,
     domain: Option<Domain>,
     sites: Mutex<HashMap<String, Arc<Site>>>,
+    api: OnceLock<Arc<dyn Api>>,
+    /// Connections to the API.
+    scripts: Arc<Semaphore>,
+}
+
+/// What programs may ask for on the HTTPS port, beside a session's own name.
+pub trait Api: Send + Sync {
+    /// Answers a request; calls `admitted` as soon as it has shown who it is. `None`: it has not, or asks for nothing that
+    /// is here. It may not tell which.
+    fn answer<'a>(
+        &'a self,
+        request: Request<Incoming>,
+        from: SocketAddr,
+        admitted: &'a (dyn Fn() + Send + Sync),
+    ) -> Pin<Box<dyn Future<Output = Option<Response<Full<Bytes>>>> + Send + 'a>>;
 }
 
 /// A domain whose names all lead here.
@@ -80,7 +101,18 @@ impl Web {
             .with_cert_resolver(certificates);
         tls.alpn_protocols = vec![ALPN_HTTP.to_vec()];
         let domain = domain.map(|domain| Domain { name: domain.name.to_ascii_lowercase(), ..domain });
-        Ok(Arc::new(Self { tls: Arc::new(tls), domain, sites: Mutex::default() }))
+        Ok(Arc::new(Self {
+            tls: Arc::new(tls),
+            domain,
+            sites: Mutex::default(),
+            api: OnceLock::new(),
+            scripts: Arc::new(Semaphore::new(SCRIPTS)),
+        }))
+    }
+
+    /// Serves this API, too: once.
+    pub fn set_api(&self, api: Arc<dyn Api>) {
+        let _ = self.api.set(api);
     }
 
     /// The domain, where there is one.
@@ -106,9 +138,10 @@ impl Web {
     }
 
     /// Serves a connection on the HTTPS port to its end. False: it has never shown anything that is valid.
-    pub async fn serve(&self, hello: StartHandshake<TcpStream>, from: IpAddr, visit: Visit) -> bool {
+    pub async fn serve(&self, hello: StartHandshake<TcpStream>, from: SocketAddr, visit: Visit) -> bool {
         let site = self.named(hello.client_hello().server_name());
-        self.serve_site(hello, site, from, Some(visit)).await || self.is_known(from)
+        let api = self.api.get().filter(|_| site.is_none()).cloned();
+        self.serve_site(hello, site, api, from, Some(visit)).await || self.is_known(from.ip())
     }
 
     /// A browser opens more connections than it uses, and closes them.
@@ -120,7 +153,7 @@ impl Web {
     pub(crate) async fn serve_port(&self, stream: TcpStream, site: Arc<Site>, from: SocketAddr) {
         let hello = tokio_rustls::LazyConfigAcceptor::new(rustls::server::Acceptor::default(), stream);
         if let Ok(Ok(hello)) = timeout(SHOWN, hello).await {
-            self.serve_site(hello, Some(site), from.ip(), None).await;
+            self.serve_site(hello, Some(site), None, from, None).await;
         }
     }
 
@@ -128,11 +161,18 @@ impl Web {
         &self,
         hello: StartHandshake<TcpStream>,
         site: Option<Arc<Site>>,
-        from: IpAddr,
+        api: Option<Arc<dyn Api>>,
+        from: SocketAddr,
         mut visit: Option<Visit>,
     ) -> bool {
-        let guest =
-            Guest { site, from, shown: AtomicBool::new(false), told: Notify::new(), watch: Arc::default() };
+        let guest = Guest {
+            site,
+            api,
+            from,
+            shown: AtomicBool::new(false),
+            told: Notify::new(),
+            watch: Arc::default(),
+        };
         let driven_out = async {
             match &mut visit {
                 Some(visit) => visit.driven_out().await,
@@ -161,12 +201,19 @@ impl Web {
         };
         // It is no longer one of the crowd at the door.
         drop(visit);
-        if let (Some(connection), Some(site)) = (connection, &guest.site) {
-            // More than any browser opens.
-            let Ok(_place) = site.connections.clone().try_acquire_owned() else { return true };
+        if let Some(connection) = connection {
+            // More than any browser opens, and any script needs.
+            let places = guest.site.as_ref().map_or(&self.scripts, |site| &site.connections);
+            let Ok(_place) = places.clone().try_acquire_owned() else { return true };
+            let over = async {
+                match &guest.site {
+                    Some(site) => site.closed.cancelled().await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
                 _ = connection => {}
-                () = site.closed.cancelled() => {}
+                () = over => {}
             }
         }
         guest.shown.load(Ordering::Relaxed)
@@ -198,7 +245,8 @@ impl Drop for Published {
 /// Somebody's connection.
 struct Guest {
     site: Option<Arc<Site>>,
-    from: IpAddr,
+    api: Option<Arc<dyn Api>>,
+    from: SocketAddr,
     /// It has shown a link or a cookie.
     shown: AtomicBool,
     told: Notify,
@@ -206,16 +254,26 @@ struct Guest {
 }
 
 impl Guest {
+    /// It has shown that it may be here.
+    fn admit(&self) {
+        self.shown.store(true, Ordering::Relaxed);
+        self.told.notify_one();
+    }
+
     async fn answer(&self, mut request: Request<Incoming>) -> page::Answer {
+        if let Some(api) = &self.api {
+            let answer = api.answer(request, self.from, &|| self.admit()).await;
+            return answer.map_or_else(page::nothing, |answer| answer.map(Either::Right));
+        }
+        let from = self.from.ip();
         let switching = asks_for_websocket(request.headers());
         let mut switch = switching.then(|| hyper::upgrade::on(&mut request));
         let admitted =
-            self.site.as_ref().and_then(|site| Some((site, site.admit(&request, self.from, switching)?)));
+            self.site.as_ref().and_then(|site| Some((site, site.admit(&request, from, switching)?)));
         let mut answer = match admitted {
             Some((site, admitted)) => {
-                self.shown.store(true, Ordering::Relaxed);
-                self.told.notify_one();
-                site.answer(request, admitted, self.from, &mut switch, &self.watch).await
+                self.admit();
+                site.answer(request, admitted, from, &mut switch, &self.watch).await
             }
             None => page::nothing(),
         };
