@@ -2,8 +2,8 @@
 //! afterwards. Each is one function over bytes, which the fuzzer calls, and which the ordinary tests call with the
 //! committed corpora and with every prefix of every valid message (`tests/tests/parsers.rs`).
 //!
-//! Not here, because they are others' own: TLS and the ClientHello (rustls), QUIC's packets (quinn-proto), HTTP on the
-//! diagnostics port (hyper). The WebSocket upgrade and its frames (tungstenite) are reached with a client certificate
+//! Not here, because they are others' own: TLS and the ClientHello (rustls), QUIC's packets (quinn-proto), HTTP behind
+//! [`http()`] and on the diagnostics port (hyper). The WebSocket upgrade and its frames (tungstenite) are reached with a client certificate
 //! only; what they carry is [`control`].
 
 mod path;
@@ -19,12 +19,14 @@ use adit_client::identity::certificate::{Authority, fingerprint, is_name, is_tag
 use adit_client::identity::revocation::Revocations;
 use adit_client::identity::verify::{Expected, verify_device};
 use adit_client::identity::{DeviceKey, Peer};
+use adit_client::place::Place;
 use adit_protocol::control::{ToDevice, ToMediator};
 use adit_protocol::enrol::{Request, Response};
 use adit_protocol::frame::{self, Data, Decoder, Frame, FrameError, Item};
 use adit_protocol::ticket::Ticket;
 use adit_protocol::token::EnrolmentToken;
 use adit_protocol::{Role, Target, leg};
+use adit_relay::web::strict::{Framing, MAX_FIELDS};
 use adit_tunnel::path::{handshake, stun};
 use bytes::{Bytes, BytesMut};
 use futures_util::FutureExt;
@@ -47,7 +49,7 @@ pub struct Parser {
 }
 
 /// All of them.
-pub const PARSERS: [Parser; 10] = [
+pub const PARSERS: [Parser; 11] = [
     Parser { name: "stun", run: stun, seeds: seeds::stun, whole: true },
     Parser { name: "path", run: path, seeds: seeds::path, whole: false },
     Parser { name: "demux", run: demux, seeds: seeds::demux, whole: false },
@@ -56,6 +58,7 @@ pub const PARSERS: [Parser; 10] = [
     Parser { name: "enrolment", run: enrolment, seeds: seeds::enrolment, whole: true },
     Parser { name: "certificate", run: certificate, seeds: seeds::certificate, whole: true },
     Parser { name: "text", run: text, seeds: seeds::text, whole: false },
+    Parser { name: "http", run: http, seeds: seeds::http, whole: false },
     Parser { name: "frames", run: frames, seeds: seeds::frames, whole: false },
     Parser { name: "control", run: control, seeds: seeds::control, whole: false },
 ];
@@ -184,7 +187,33 @@ pub fn text(bytes: &[u8]) -> bool {
         let shown = forward.to_string();
         assert_eq!(shown.parse::<ForwardSpec>().expect("reads back").to_string(), shown);
     }
-    token.is_ok() || target.is_ok() || entry.is_ok() || forward.is_ok()
+    let place = text.parse::<Place>();
+    token.is_ok() || target.is_ok() || entry.is_ok() || forward.is_ok() || place.is_ok()
+}
+
+/// 443/tcp, a browser's requests, before the HTTP library sees them: in one piece and in pieces the verdict is the same, and
+/// a head that passes is one to another parser, too. Byte 0: the size of the pieces.
+pub fn http(bytes: &[u8]) -> bool {
+    let Some((size, bytes)) = bytes.split_first() else { return false };
+    let whole = Framing::new().read(bytes);
+    let (mut framing, mut at) = (Framing::new(), 0);
+    let pieces = bytes.chunks(usize::from(*size).max(1)).try_for_each(|piece| {
+        if framing.is_switching() {
+            // Nothing is read on.
+            return Err(at - 1);
+        }
+        let read = framing.read(piece).map_err(|refused| at + refused.fine);
+        at += piece.len();
+        read
+    });
+    assert_eq!(pieces, whole.map_err(|refused| refused.fine));
+    let fine = &bytes[..whole.map_or_else(|refused| refused.fine, |()| bytes.len())];
+    if let Some(end) = fine.windows(4).position(|end| end == b"\r\n\r\n") {
+        let mut fields = [httparse::EMPTY_HEADER; MAX_FIELDS];
+        let parsed = httparse::Request::new(&mut fields).parse(fine);
+        assert_eq!(parsed, Ok(httparse::Status::Complete(end + 4)), "read in another way");
+    }
+    whole.is_ok()
 }
 
 /// A carrier's bytes: in one piece and in pieces they mean the same. Byte 0: the size of the pieces.

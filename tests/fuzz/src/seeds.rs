@@ -174,6 +174,17 @@ pub(super) fn certificate() -> Vec<Vec<u8>> {
     ]
 }
 
+pub(super) fn http() -> Vec<Vec<u8>> {
+    [
+        "\x03GET /a?b HTTP/1.1\r\nHost: a\r\nAccept: */*\r\n\r\n",
+        "\x01POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhiGET / HTTP/1.1\r\nHost: a\r\n\r\n",
+        "\x40PUT / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\nX: y\r\n\r\n",
+        "\x07GET /ws HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+    ]
+    .map(|text| text.as_bytes().to_vec())
+    .to_vec()
+}
+
 pub(super) fn text() -> Vec<Vec<u8>> {
     let token = EnrolmentToken {
         role: Role::Agent,
@@ -194,6 +205,7 @@ pub(super) fn text() -> Vec<Vec<u8>> {
             "13389:127.0.0.1:3389",
             "[::1]:2222:[fe80::1]:22",
             "0.0.0.0:53:10.0.0.53:53/udp",
+            "https://[fd00::1]:8443/a?b=c#d",
         ]
         .map(str::to_owned),
     );
