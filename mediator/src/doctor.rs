@@ -177,14 +177,21 @@ fn certificates(organisation: &Organisation) -> Vec<Finding> {
 
 async fn hosts(config: &Config) -> Vec<Finding> {
     let mut findings = Vec::new();
-    for host in &config.hosts {
+    // Any name below the redirector's domain stands for all.
+    let below = config.redirector.domain.iter().map(|domain| format!("any-name.{domain}"));
+    for host in config.hosts.iter().cloned().chain(below) {
         let resolved = tokio::net::lookup_host((host.as_str(), 443)).await;
         let addresses: Vec<IpAddr> = match resolved {
             Ok(addresses) => {
                 addresses.map(|address| address.ip()).collect::<BTreeSet<_>>().into_iter().collect()
             }
             Err(error) => {
-                let remedy = "give it an address in DNS, or remove it: adit-mediator hosts remove";
+                let remedy = match host.starts_with("any-name.") {
+                    true => {
+                        "give *.DOMAIN of [redirector] domain this server's address in DNS, or remove the setting"
+                    }
+                    false => "give it an address in DNS, or remove it: adit-mediator hosts remove",
+                };
                 findings.push(Finding::fault(format!("{host} does not resolve: {error}"), remedy));
                 continue;
             }

@@ -119,6 +119,9 @@ pub async fn run(dir: &Path, overrides: Overrides) -> Result<(), RunError> {
         let certificates = Certificates::of(dir, &config.https, &names)?;
         let port =
             sockets.https.as_ref().map(TcpListener::local_addr).transpose()?.map(|address| address.port());
+        if config.redirector.domain.is_some() && port.is_none() {
+            warn!("[redirector] domain is of no use without [listen] https: each session has a port instead");
+        }
         let domain = config.redirector.domain.zip(port).map(|(name, port)| Domain { name, port });
         let pages = Web::new(certificates.clone(), domain).map_err(TlsError::from)?;
         tasks.spawn(async move { certificates.watch(|| names.clone()).await });

@@ -169,6 +169,8 @@ enum CliError {
     NotRedirected(String),
     #[error("this command takes a TCP target, and {0} is UDP")]
     TcpOnly(adit_protocol::Target),
+    #[error("the server does not show pages as it was asked to")]
+    NoLink,
     #[error("a token is good for 90 days at most")]
     TooLong,
     #[error("this device's key cannot sign")]
@@ -180,9 +182,12 @@ enum CliError {
 impl Failure for CliError {
     fn exit(&self) -> Exit {
         match self {
-            Self::NoKey | Self::Runtime(_) | Self::Ended(_) | Self::Program { .. } | Self::Write { .. } => {
-                Exit::Failed
-            }
+            Self::NoKey
+            | Self::NoLink
+            | Self::Runtime(_)
+            | Self::Ended(_)
+            | Self::Program { .. }
+            | Self::Write { .. } => Exit::Failed,
             Self::NotOpened { .. } => Exit::TimedOut,
             Self::NoTier { exit, .. } => *exit,
             Self::Log(_)
@@ -206,6 +211,7 @@ impl Failure for CliError {
     fn remedy(&self) -> Option<String> {
         Some(match self {
             Self::Runtime(_) | Self::Write { .. } => return None,
+            Self::NoLink => "it may be of an older version: update mediator and relay".to_owned(),
             Self::TooLong => "give a shorter --ttl, and make a new one in time".to_owned(),
             Self::NoKey => "enrol this device again".to_owned(),
             Self::Log(_) => "for example --log debug, or --log warn,adit_client=trace".to_owned(),
@@ -240,7 +246,8 @@ impl Failure for CliError {
             }
             Self::TcpOnly(_) => "use adit forward for UDP".to_owned(),
             Self::Unfit { .. } => {
-                "--open goes with http, https or a URL; --rdp with rdp or HOST:PORT".to_owned()
+                "--open goes with http, https or a URL; --certificate with https; --rdp with rdp or HOST:PORT"
+                    .to_owned()
             }
         })
     }

@@ -3,10 +3,10 @@
 use std::fs;
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use adit_protocol::control::Redirected;
-use adit_protocol::{Protocol, Role};
+use adit_protocol::{DeviceId, Protocol, Role};
 use clap::Args;
 use serde_json::json;
 
@@ -64,20 +64,41 @@ impl Redirect {
         if target.protocol == Protocol::Udp {
             return Err(CliError::TcpOnly(target.clone()).into());
         }
-        if self.open && page.is_none() || self.rdp.is_some() && page.is_some() {
-            return Err(CliError::Unfit { option: if self.open { "--open" } else { "--rdp" } }.into());
+        let tls = page.as_ref().is_some_and(|page| page.tls);
+        for (given, fits, option) in [
+            (self.open, page.is_some(), "--open"),
+            (self.rdp.is_some(), page.is_none(), "--rdp"),
+            (self.certificate.is_some(), tls, "--certificate"),
+        ] {
+            if given && !fits {
+                return Err(CliError::Unfit { option }.into());
+            }
         }
         let (dir, identity) = self.data.identity(Role::Technician)?;
         let known = Known::open(&dir);
         let wrong = |error| CliError::Write { file: known.path().to_owned(), error };
-        let before = match page {
-            Some(page) if page.tls => known.of(&self.agent, &target.to_string()).map_err(wrong)?,
-            _ => None,
-        };
+        let technician = Technician::connect(identity).await?;
+        // Known by its id: names are given to other machines.
+        let mut agent = self.agent.clone();
+        if tls {
+            let agents = technician.list().await?;
+            let named = agents.iter().find(|listed| listed.name == self.agent);
+            agent = named
+                .and_then(|agent| DeviceId::try_from(&agent.device[..]).ok())
+                .map_or(agent, |id| id.to_string());
+        }
+        let before = if tls { known.of(&agent, &target.to_string()).map_err(wrong)? } else { None };
         let expected = self.certificate.or(before);
         let web = page.as_ref().map(|page| page.wanted(expected));
-        let technician = Technician::connect(identity).await?;
         let opened = technician.redirect(&self.agent, target, self.source, self.ttl, web).await?.redirected;
+        let shown = <[u8; 32]>::try_from(&opened.certificate[..]).ok();
+        if page.is_some() && opened.link.is_empty()
+            || tls && (shown.is_none() || expected.is_some() && expected != shown)
+        {
+            technician.end_redirected(&opened).await;
+            technician.close().await;
+            return Err(CliError::NoLink.into());
+        }
         if let Some(file) = &self.rdp {
             let text = format!(
                 "full address:s:{}\r\nprompt for credentials:i:1\r\nadministrative session:i:0\r\n",
@@ -86,10 +107,8 @@ impl Redirect {
             fs::write(file, text).map_err(|error| CliError::Write { file: file.clone(), error })?;
         }
         self.tell(&opened);
-        if let Ok(shown) = <[u8; 32]>::try_from(&opened.certificate[..])
-            && before != Some(shown)
-        {
-            known.note(&self.agent, &target.to_string(), &shown).map_err(wrong)?;
+        if let Some(shown) = shown.filter(|_| before != shown) {
+            known.note(&agent, &target.to_string(), &shown).map_err(wrong)?;
             let is = if expected.is_some() { "is known from now on" } else { "was seen for the first time" };
             complain(&format!(
                 "the certificate of {target} {is}: SHA-256 {}\ncompare it with the one that the web server's owner sees",
@@ -124,12 +143,21 @@ impl Redirect {
             return print_line(&said.to_string());
         }
         print_line(if pages { &link } else { &address });
-        let (agent, seconds) = (&self.agent, self.ttl.as_secs());
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs());
+        // No longer than the mediator grants.
+        let (agent, seconds) = (&self.agent, opened.expires.saturating_sub(now).min(self.ttl.as_secs()));
         let how = if pages { "for the first browser that opens it" } else { "for one connection at a time" };
         complain(&format!(
             "it leads to {target} at {agent} for {seconds} s, {how}, from {source}\n\
              tier redirector: the server is an end of it and can read what passes",
         ));
+        // A name of the session's own begins with a label of 32 digits.
+        if pages && address.find('.') != Some(32) {
+            complain(
+                "it is on a port of the server: cookies that scripts read or set do not work there (they do where the \
+                 operator gives the redirector a domain: [redirector] domain)",
+            );
+        }
         if let Some(file) = &self.rdp {
             complain(&format!("wrote {}", file.display()));
         }

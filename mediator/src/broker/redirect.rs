@@ -243,7 +243,9 @@ impl Broker {
         };
         let denied = match self.order(&session, &relay, &server, &agent_channel, order).await {
             // It may have ended meanwhile: nobody would hear of that.
-            Ok((port, served)) if self.sessions().get(id).is_some() => {
+            Ok((port, served))
+                if self.sessions().get(id).is_some() && served.path.is_empty() == wanted.web.is_none() =>
+            {
                 info!(session = %id, technician = %technician.id, agent = %agent.id, "redirected session granted");
                 let host = if served.host.is_empty() { host_for(&relay, source) } else { served.host };
                 let address = host_port(&host, port);
@@ -264,6 +266,11 @@ impl Broker {
                     certificate: served.certificate,
                 });
             }
+            // One that knows no pages has opened a port.
+            Ok((_, served)) if wanted.web.is_some() && served.path.is_empty() => Denied::new(
+                RefusedCode::Unspecified,
+                format!("the redirector {} is of an older version: it shows no pages", server.device.name),
+            ),
             Ok(_) => Denied::new(RefusedCode::AgentRefused, "the session has ended".into()),
             Err(denied) => denied,
         };

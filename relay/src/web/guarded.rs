@@ -13,9 +13,10 @@ use tokio::time::{Sleep, sleep};
 
 use super::strict::{Framing, Refused};
 
-/// For a refused client to read why and hang up: with its bytes unread, closing would be a reset.
-const LINGER: Duration = Duration::from_secs(1);
-const LINGER_BYTES: usize = 256 * 1024;
+/// For a client to read the answer and hang up when not all of its request was read, because it was refused or its target is
+/// away: with bytes unread, closing would be a reset, and it would read nothing.
+const LINGER: Duration = Duration::from_secs(2);
+const LINGER_BYTES: usize = 64 << 20;
 
 /// What an HTTP server answers with 400, wherever in a head it stands: no head may have a NUL, and the end of one makes sure
 /// that it is looked at.
@@ -45,7 +46,6 @@ enum Ended {
 #[derive(Default)]
 pub(super) struct Watch {
     switched: AtomicBool,
-    stayed: AtomicBool,
     refused: AtomicBool,
     reader: AtomicWaker,
 }
@@ -54,12 +54,6 @@ impl Watch {
     /// Both sides speak another protocol from here on: every byte passes.
     pub(super) fn switched(&self) {
         self.switched.store(true, Ordering::Release);
-        self.reader.wake();
-    }
-
-    /// Another protocol was asked for, and is not spoken: nothing is read any more.
-    pub(super) fn stayed(&self) {
-        self.stayed.store(true, Ordering::Release);
         self.reader.wake();
     }
 
@@ -83,14 +77,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for Guarded<S> {
         }
         if this.framing.is_switching() {
             this.watch.reader.register(cx.waker());
-            return match (
-                this.watch.switched.load(Ordering::Acquire),
-                this.watch.stayed.load(Ordering::Acquire),
-            ) {
-                (true, _) => Pin::new(&mut this.stream).poll_read(cx, buf),
-                (_, true) => Poll::Ready(Ok(())),
-                _ => Poll::Pending,
-            };
+            // Where the other side stays with this one, nothing more is read.
+            if !this.watch.switched.load(Ordering::Acquire) {
+                return Poll::Pending;
+            }
+            return Pin::new(&mut this.stream).poll_read(cx, buf);
         }
         let before = buf.filled().len();
         ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
@@ -152,7 +143,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Guarded<S> {
         if this.lingering.is_none() {
             ready!(Pin::new(&mut this.stream).poll_shutdown(cx))?;
         }
-        if !this.watch.has_refused() {
+        if !this.watch.has_refused() && !this.framing.is_within() {
             return Poll::Ready(Ok(()));
         }
         let (until, left) = this.lingering.get_or_insert_with(|| (Box::pin(sleep(LINGER)), LINGER_BYTES));
@@ -203,26 +194,20 @@ mod tests {
     #[tokio::test]
     async fn behind_a_wish_to_switch_nothing_is_read_until_both_have() {
         let wish = b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade: websocket\r\n\r\n";
-        for switches in [true, false] {
-            let (mut near, far) = tokio::io::duplex(1000);
-            let watch: Arc<Watch> = Arc::default();
-            let mut guarded = Guarded::new(far, watch.clone());
-            near.write_all(wish).await.expect("room");
-            let mut buffer = [0; 100];
-            assert_eq!(guarded.read(&mut buffer).await.expect("a wish"), wish.len());
-            near.write_all(b"frame").await.expect("room");
-            let reading = tokio::spawn(async move {
-                let count = guarded.read(&mut buffer).await.expect("open");
-                buffer[..count].to_vec()
-            });
-            tokio::task::yield_now().await;
-            assert!(!reading.is_finished());
-            if switches {
-                watch.switched()
-            } else {
-                watch.stayed()
-            }
-            assert_eq!(reading.await.expect("read"), if switches { &b"frame"[..] } else { b"" });
-        }
+        let (mut near, far) = tokio::io::duplex(1000);
+        let watch: Arc<Watch> = Arc::default();
+        let mut guarded = Guarded::new(far, watch.clone());
+        near.write_all(wish).await.expect("room");
+        let mut buffer = [0; 100];
+        assert_eq!(guarded.read(&mut buffer).await.expect("a wish"), wish.len());
+        near.write_all(b"frame").await.expect("room");
+        let reading = tokio::spawn(async move {
+            let count = guarded.read(&mut buffer).await.expect("open");
+            buffer[..count].to_vec()
+        });
+        tokio::task::yield_now().await;
+        assert!(!reading.is_finished());
+        watch.switched();
+        assert_eq!(reading.await.expect("read"), b"frame");
     }
 }

@@ -6,12 +6,13 @@
 //! beyond the session's origin is left out.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
+use http::Method;
 use http::header::{
     self, CONNECTION, CONTENT_LOCATION, COOKIE, HOST, HeaderMap, HeaderName, HeaderValue, LOCATION, ORIGIN,
-    REFERER, SET_COOKIE, UPGRADE,
+    REFERER, REFRESH, SET_COOKIE, UPGRADE,
 };
-use http::{Method, Uri};
 
 /// Names of the redirector's own cookies begin like this. With `__Host-` a browser takes them from this very host only,
 /// and for no other (RFC 6265bis section 4.1.3).
@@ -37,6 +38,9 @@ const BEYOND: [&str; 6] = [
     "public-key-pins-report-only",
     "expect-ct",
 ];
+
+/// A date this near to the epoch means: now. (Programs write 0, or 1 January 1970 in some time zone.)
+const YEAR: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
 /// The two names of what a session leads to.
 #[derive(Debug, Clone)]
@@ -76,6 +80,12 @@ impl Names {
     /// The `Set-Cookie` that lets a browser in with `secret`.
     pub fn own_cookie(&self, secret: &str) -> String {
         format!("{}={secret}; Path=/; Secure; HttpOnly; SameSite=Lax", self.cookie)
+    }
+
+    /// Whether this request is for a script that would outlive the session: on a shared host the next one may get its port.
+    pub fn outlives(&self, headers: &HeaderMap) -> bool {
+        let worker = headers.get("sec-fetch-dest").is_some_and(|dest| dest == "serviceworker");
+        self.prefix.is_some() && (worker || headers.contains_key("service-worker"))
     }
 
     /// The secrets that a request shows.
@@ -136,18 +146,35 @@ impl Names {
         switching: bool,
     ) -> Result<(), Elsewhere> {
         drop_hop_by_hop(headers);
-        headers.remove(header::TRANSFER_ENCODING);
+        // Of both the encoding counts (RFC 9112 section 6.3).
+        if headers.remove(header::TRANSFER_ENCODING).is_some() {
+            headers.remove(header::CONTENT_LENGTH);
+        }
         for name in BEYOND {
             headers.remove(name);
         }
-        for name in [LOCATION, CONTENT_LOCATION] {
-            if let Some(place) = headers.get(&name).and_then(|value| value.to_str().ok()) {
-                match self.place(place, public) {
-                    Place::Same => {}
-                    Place::Ours(place) => set(headers, name, place.as_bytes()),
-                    Place::Elsewhere(place) if name == LOCATION => return Err(Elsewhere(place)),
-                    Place::Elsewhere(_) => drop(headers.remove(name)),
+        for name in [LOCATION, CONTENT_LOCATION, REFRESH] {
+            let Some(value) = headers.get(&name).and_then(|value| std::str::from_utf8(value.as_bytes()).ok())
+            else {
+                continue;
+            };
+            // `Refresh` has a time before it, as browsers read it (HTML, "shared declarative refresh steps").
+            let at = if name == REFRESH {
+                value.to_ascii_lowercase().find("url=").map(|at| at + 4)
+            } else {
+                Some(0)
+            };
+            let Some((before, place)) = at.map(|at| value.split_at(at)) else { continue };
+            let quotes = |c: char| c.is_whitespace() || c == '\'' || c == '"';
+            match self.place(place.trim_matches(quotes), public) {
+                Place::Same => {}
+                Place::Ours(place) => {
+                    let value = format!("{before}{place}");
+                    set(headers, name, value.as_bytes());
                 }
+                Place::Elsewhere(place) if name == LOCATION => return Err(Elsewhere(place)),
+                Place::Elsewhere(_) if name == REFRESH => {}
+                Place::Elsewhere(_) => drop(headers.remove(name)),
             }
         }
         if headers.contains_key(SET_COOKIE) {
@@ -167,40 +194,36 @@ impl Names {
         Ok(())
     }
 
-    /// What a `Location` of the target is here.
+    /// What a place that the target names is here.
     fn place(&self, place: &str, public: &HeaderValue) -> Place {
-        // Without a scheme it has the page's; without a host it is the page's.
-        let whole =
-            if place.starts_with("//") { format!("{}:{place}", self.scheme) } else { place.to_owned() };
-        let Ok(uri) = whole.split('#').next().unwrap_or_default().parse::<Uri>() else { return Place::Same };
-        let (Some(scheme), Some(theirs)) = (uri.scheme_str(), uri.authority()) else { return Place::Same };
-        let usual = match scheme {
-            "http" => 80,
-            "https" => 443,
-            _ => return Place::Same,
+        let Some((scheme, authority, rest)) = split(place) else { return Place::Same };
+        // Without a scheme it has the page's.
+        let scheme = if scheme.is_empty() { self.scheme.to_owned() } else { scheme.to_ascii_lowercase() };
+        let host_and_port = |text: &str, scheme: &str| {
+            let text = text.rsplit('@').next().unwrap_or_default().to_ascii_lowercase();
+            let colon = text.rfind(':').filter(|at| !text[*at..].contains(']'));
+            let (host, port) = text.split_at(colon.unwrap_or(text.len()));
+            let usual = if scheme == "https" { 443 } else { 80 };
+            (host.to_owned(), port.trim_start_matches(':').parse::<u16>().unwrap_or(usual))
         };
-        // What says X-Forwarded-Host means us.
-        if scheme == "https" && theirs.as_str().as_bytes().eq_ignore_ascii_case(public.as_bytes()) {
-            return Place::Same;
-        }
-        let Ok(own) =
-            format!("{}://{}/", self.scheme, self.authority.to_str().unwrap_or_default()).parse::<Uri>()
-        else {
-            return Place::Same;
+        let rest = if rest.starts_with(['?', '#']) || rest.is_empty() {
+            format!("/{rest}")
+        } else {
+            rest.to_owned()
         };
-        let own_port = own.port_u16().unwrap_or(if self.scheme == "https" { 443 } else { 80 });
-        let same_host = own.host().is_some_and(|host| host.eq_ignore_ascii_case(theirs.host()));
-        let same_port = theirs.port_u16().unwrap_or(usual) == own_port;
-        if !same_host {
-            return Place::Same;
+        let public = public.to_str().unwrap_or_default();
+        let ours = || Place::Ours(format!("https://{public}{rest}"));
+        let (host, port) = host_and_port(authority, &scheme);
+        // What obeys X-Forwarded-Host means us, with X-Forwarded-Proto or without.
+        if host == host_and_port(public, "https").0 {
+            return ours();
         }
-        if scheme != self.scheme || !same_port {
-            return Place::Elsewhere(whole);
+        let own = host_and_port(self.authority.to_str().unwrap_or_default(), self.scheme);
+        match (host == own.0, scheme == self.scheme && port == own.1) {
+            (false, _) => Place::Same,
+            (true, true) => ours(),
+            (true, false) => Place::Elsewhere(format!("{scheme}://{authority}/")),
         }
-        // From the path on, with query and fragment.
-        let behind_scheme = &whole[scheme.len() + "://".len()..];
-        let rest = behind_scheme.find(['/', '?', '#']).map_or("", |at| &behind_scheme[at..]);
-        Place::Ours(if rest.starts_with('/') { rest.to_owned() } else { format!("/{rest}") })
     }
 
     /// A target's cookie as a browser may have it: for this host only.
@@ -214,13 +237,36 @@ impl Names {
             return None;
         }
         let mut text = format!("{}{pair}", self.prefix.as_deref().unwrap_or_default());
-        let is = |attribute: &str, name: &str| {
-            attribute.split('=').next().is_some_and(|key| key.trim().eq_ignore_ascii_case(name))
-        };
-        for attribute in parts.filter(|attribute| !is(attribute, "domain")) {
-            text.push(';');
-            text.push_str(attribute);
+        let attributes: Vec<(String, &str)> = parts
+            .map(|attribute| {
+                (attribute.split('=').next().unwrap_or_default().trim().to_ascii_lowercase(), attribute)
+            })
+            .collect();
+        // On a shared host they would pile up: every session has names of its own. So they last as long as the browser
+        // is open, unless they are to go at once.
+        let goes = attributes.iter().any(|(name, attribute)| {
+            let value = attribute.split_once('=').map_or("", |(_, value)| value.trim());
+            match name.as_str() {
+                "max-age" => value.parse::<i64>().is_ok_and(|seconds| seconds <= 0),
+                "expires" => httpdate::parse_http_date(value)
+                    .is_ok_and(|date| date <= std::time::SystemTime::UNIX_EPOCH + YEAR),
+                _ => false,
+            }
+        });
+        let lasts = self.prefix.is_none() || goes;
+        for (name, attribute) in &attributes {
+            match name.as_str() {
+                "domain" | "secure" => {}
+                "max-age" | "expires" if !lasts => {}
+                "httponly" if self.prefix.is_some() => {}
+                _ => {
+                    text.push(';');
+                    text.push_str(attribute);
+                }
+            }
         }
+        // Nobody else's port of this host gets them.
+        text.push_str("; Secure");
         if self.prefix.is_some() {
             text.push_str("; HttpOnly");
         }
@@ -304,6 +350,22 @@ fn is_own(name: &str) -> bool {
 fn behind<'a>(url: &'a [u8], origin: &[u8]) -> Option<&'a [u8]> {
     let (start, rest) = url.split_at_checked(origin.len())?;
     (start.eq_ignore_ascii_case(origin) && matches!(rest.first(), None | Some(b'/' | b'?'))).then_some(rest)
+}
+
+/// Scheme (or nothing), authority and the rest of a URL with an authority, as browsers read it: `\\` is `/` to them. `None`: it has
+/// none, or another scheme than HTTP's.
+fn split(place: &str) -> Option<(&str, &str, &str)> {
+    let slash = |c: char| c == '/' || c == '\\';
+    let (scheme, behind) = match place.find(':') {
+        Some(at) if ["http", "https"].iter().any(|known| place[..at].eq_ignore_ascii_case(known)) => {
+            (&place[..at], &place[at + 1..])
+        }
+        _ => ("", place),
+    };
+    let authority = behind.strip_prefix(slash)?.strip_prefix(slash)?.trim_start_matches(slash);
+    let (authority, rest) =
+        authority.split_at(authority.find(['/', '\\', '?', '#']).unwrap_or(authority.len()));
+    Some((scheme, authority, rest))
 }
 
 fn set(headers: &mut HeaderMap, name: HeaderName, value: &[u8]) {
@@ -434,9 +496,9 @@ mod tests {
         assert_eq!(asked(&names, &list), ["cookie: a=1; b; c=2=3; __Host-x=1"]);
         assert_eq!(asked(&names, &[("cookie", "__Host-adit=secret")]), [""; 0]);
         for (before, after) in [
-            ("a=1; Domain=example.org; Path=/x", Some("a=1; Path=/x")),
-            ("a=1;domain=.org;HttpOnly", Some("a=1;HttpOnly")),
-            ("a=1; Secure; SameSite=None; Partitioned", Some("a=1; Secure; SameSite=None; Partitioned")),
+            ("a=1; Domain=example.org; Path=/x", Some("a=1; Path=/x; Secure")),
+            ("a=1;domain=.org;HttpOnly", Some("a=1;HttpOnly; Secure")),
+            ("a=1; Secure; SameSite=None; Max-Age=9", Some("a=1; SameSite=None; Max-Age=9; Secure")),
             ("__Host-adit=evil; Path=/; Secure", None),
             ("__HOST-Adit-7=evil", None),
             ("=__Host-adit=evil", None),
@@ -455,10 +517,16 @@ mod tests {
     fn on_a_shared_host_each_session_has_cookies_of_its_own() {
         let names = Names::new(false, "a", 80, Some((50_000, "abc")));
         assert_eq!(names.cookie, "__Host-adit-50000");
-        assert_eq!(
-            answered(&names, &[("set-cookie", "s=1; Path=/")]),
-            ["set-cookie: adit-abc-s=1; Path=/; HttpOnly"]
-        );
+        for (before, after) in [
+            ("s=1; Path=/", "s=1; Path=/"),
+            ("s=1; Max-Age=900; Expires=Wed, 25 Nov 2099 00:00:00 GMT", "s=1"),
+            ("s=; Max-Age=0", "s=; Max-Age=0"),
+            ("s=; Expires=Thu, 01 Jan 1970 00:00:01 GMT", "s=; Expires=Thu, 01 Jan 1970 00:00:01 GMT"),
+        ] {
+            let after = format!("set-cookie: adit-abc-{after}; Secure; HttpOnly");
+            assert_eq!(answered(&names, &[("set-cookie", before)]), [after]);
+        }
+        assert!(names.outlives(&map(&[("service-worker", "script")])));
         let list = [("cookie", "adit-abc-s=1; adit-xyz-s=2; s=3; __Host-adit-50000=x; __Host-adit-50001=y")];
         assert_eq!(asked(&names, &list), ["cookie: s=1"]);
     }
@@ -466,28 +534,50 @@ mod tests {
     #[test]
     fn places_of_the_target_are_ours() {
         let names = Names::new(false, "10.0.0.1", 8080, None);
+        let here = "https://label.r.example.org";
         for (before, after) in [
-            ("/login", "/login"),
-            ("login?x", "login?x"),
-            ("http://10.0.0.1:8080/a?b=http://10.0.0.1:8080/#c", "/a?b=http://10.0.0.1:8080/#c"),
-            ("http://10.0.0.1:8080", "/"),
-            ("http://10.0.0.1:8080?x", "/?x"),
-            ("//10.0.0.1:8080/a", "/a"),
-            ("https://label.r.example.org/a", "https://label.r.example.org/a"),
-            ("https://id.example.org/authorize?x", "https://id.example.org/authorize?x"),
+            ("/login", "/login".to_owned()),
+            ("login?x", "login?x".to_owned()),
+            ("?x=http://10.0.0.1:8080/", "?x=http://10.0.0.1:8080/".to_owned()),
+            (
+                "http://10.0.0.1:8080/a?b=http://10.0.0.1:8080/#c",
+                format!("{here}/a?b=http://10.0.0.1:8080/#c"),
+            ),
+            ("HTTP://10.0.0.1:8080", format!("{here}/")),
+            ("http://10.0.0.1:8080?x", format!("{here}/?x")),
+            ("//10.0.0.1:8080/a", format!("{here}/a")),
+            ("http://10.0.0.1:8080//evil.example/x", format!("{here}//evil.example/x")),
+            ("http:\\\\10.0.0.1:8080\\x", format!("{here}\\x")),
+            ("http://10.0.0.1:8080/a b", format!("{here}/a b")),
+            ("https://label.r.example.org/a", format!("{here}/a")),
+            ("http://label.r.example.org/a", format!("{here}/a")),
+            ("https://id.example.org/authorize?x", "https://id.example.org/authorize?x".to_owned()),
+            ("http://10.0.0.1:8080@id.example.org/", "http://10.0.0.1:8080@id.example.org/".to_owned()),
+            ("mailto:a@b", "mailto:a@b".to_owned()),
         ] {
             assert_eq!(answered(&names, &[("location", before)]), [format!("location: {after}")]);
         }
-        for elsewhere in
-            ["https://10.0.0.1:8080/", "https://10.0.0.1/", "http://10.0.0.1/", "http://10.0.0.1:81/x"]
-        {
+        for (elsewhere, shown) in [
+            ("https://10.0.0.1:8080/", "https://10.0.0.1:8080/"),
+            ("https://10.0.0.1/x", "https://10.0.0.1/"),
+            ("http://10.0.0.1/", "http://10.0.0.1/"),
+            ("http://10.0.0.1:81/#;evil", "http://10.0.0.1:81/"),
+        ] {
             let refused = names.response(&mut map(&[("location", elsewhere)]), &PUBLIC, false);
-            assert_eq!(refused, Err(Elsewhere(elsewhere.to_owned())));
+            assert_eq!(refused, Err(Elsewhere(shown.to_owned())));
         }
+        let refresh = [("refresh", "0; URL='http://10.0.0.1:8080/a'")];
+        assert_eq!(answered(&names, &refresh), [format!("refresh: 0; URL={here}/a")]);
+        assert_eq!(answered(&names, &[("refresh", "5")]), ["refresh: 5"]);
         let named = Names::new(true, "nas", 443, None);
         for (before, after) in [("https://NAS/a", "/a"), ("https://nas:443/a", "/a")] {
-            assert_eq!(answered(&named, &[("location", before)]), [format!("location: {after}")]);
+            assert_eq!(answered(&named, &[("location", before)]), [format!("location: {here}{after}")]);
         }
+        let ipv6 = Names::new(false, "fd00::1", 8080, None);
+        assert_eq!(
+            answered(&ipv6, &[("location", "http://[FD00::1]:8080/a")]),
+            [format!("location: {here}/a")]
+        );
     }
 
     #[test]

@@ -39,11 +39,12 @@ use rustls::ServerConfig;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, Semaphore};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 use tokio_rustls::StartHandshake;
 
-use crate::Visit;
 use crate::certificates::Certificates;
+use crate::penalty::network;
+use crate::{Visit, listen};
 use guarded::{Guarded, Watch};
 use site::{Parts, Site, asks_for_websocket};
 
@@ -53,6 +54,9 @@ pub const ALPN_HTTP: &[u8] = b"http/1.1";
 const SHOWN: Duration = Duration::from_secs(5);
 /// How long a browser may be silent between requests, and take for a head.
 const SILENT: Duration = Duration::from_secs(75);
+/// Networks of ended sessions that are remembered, and for how long.
+const LATELY: usize = 4096;
+const LATELY_FOR: Duration = Duration::from_secs(60 * 60);
 /// Connections of programs that use the API.
 const SCRIPTS: usize = 256;
 /// What an HTTP server buffers of a connection: more than the longest head.
@@ -63,7 +67,11 @@ pub struct Web {
     tls: Arc<ServerConfig>,
     domain: Option<Domain>,
     sites: Mutex<HashMap<String, Arc<Site>>>,
+    /// Networks of sessions that have ended, and until when a page that is still open there is no offence.
+    lately: Mutex<HashMap<IpAddr, Instant>>,
     api: OnceLock<Arc<dyn Api>>,
+    /// Connections of browsers to all sessions: other doors need descriptors, too.
+    browsers: Arc<Semaphore>,
     /// Connections to the API.
     scripts: Arc<Semaphore>,
 }
@@ -105,6 +113,8 @@ impl Web {
             tls: Arc::new(tls),
             domain,
             sites: Mutex::default(),
+            lately: Mutex::default(),
+            browsers: Arc::new(Semaphore::new(listen::descriptors() / 4)),
             api: OnceLock::new(),
             scripts: Arc::new(Semaphore::new(SCRIPTS)),
         }))
@@ -146,7 +156,23 @@ impl Web {
 
     /// A browser opens more connections than it uses, and closes them.
     fn is_known(&self, from: IpAddr) -> bool {
+        let lately = |until: &Instant| *until > Instant::now();
         self.sites().values().any(|site| site.is_of(from))
+            || self.lately().get(&network(from)).is_some_and(lately)
+    }
+
+    /// What is open in a browser there asks on for a while.
+    fn ended(&self, site: &Site) {
+        let now = Instant::now();
+        let mut lately = self.lately();
+        lately.retain(|_, until| *until > now);
+        if lately.len() < LATELY {
+            lately.extend(site.networks().into_iter().map(|network| (network, now + LATELY_FOR)));
+        }
+    }
+
+    fn lately(&self) -> MutexGuard<'_, HashMap<IpAddr, Instant>> {
+        self.lately.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Serves one on a port that is a site's own.
@@ -205,6 +231,7 @@ impl Web {
             // More than any browser opens, and any script needs.
             let places = guest.site.as_ref().map_or(&self.scripts, |site| &site.connections);
             let Ok(_place) = places.clone().try_acquire_owned() else { return true };
+            let Ok(_descriptor) = self.browsers.clone().try_acquire_owned() else { return true };
             let over = async {
                 match &guest.site {
                     Some(site) => site.closed.cancelled().await,
@@ -237,6 +264,7 @@ pub(crate) struct Published {
 impl Drop for Published {
     fn drop(&mut self) {
         if let Some(site) = self.web.sites().remove(&self.label) {
+            self.web.ended(&site);
             site.close();
         }
     }
@@ -280,7 +308,6 @@ impl Guest {
         if let Some(switch) = switch {
             // It goes no further. What stands behind the wish was not looked at.
             answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-            self.watch.stayed();
             tokio::spawn(async move {
                 if let Ok(connection) = switch.await {
                     let _ = TokioIo::new(connection).shutdown().await;

@@ -1,5 +1,6 @@
 //! The two pages of ours: that nothing is here, and that a leg failed.
 
+use adit_client::place::Place;
 use bytes::Bytes;
 use http::header::{CACHE_CONTROL, CONNECTION, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderValue};
 use http::{Response, StatusCode};
@@ -52,7 +53,11 @@ pub(super) fn failed(asked: Option<&HeaderValue>, agent: &str, target: &str, fai
 
 /// The target sends the browser to another port or scheme of its machine, which this session does not lead to.
 pub(super) fn elsewhere(asked: Option<&HeaderValue>, agent: &str, target: &str, place: &str) -> Answer {
-    let remedy = format!("Ask for a link to it: adit redirect AGENT {place}");
+    // What the target wrote is no command, unless it is a place and nothing else.
+    let remedy = match place.parse::<Place>() {
+        Ok(_) => format!("Ask for a link to it: adit redirect {agent} {place}"),
+        Err(_) => "Ask for a link to it with adit redirect.".to_owned(),
+    };
     let said = Said {
         title: "This page is somewhere else",
         why: &format!("{target} sends you to {place}, where this link does not lead."),

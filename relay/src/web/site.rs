@@ -1,6 +1,7 @@
 //! A session that serves pages: who may ask, and what becomes of a request.
 
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use aws_lc_rs::constant_time::verify_slices_are_equal;
@@ -9,7 +10,7 @@ use http::header::{
     UPGRADE,
 };
 use http::uri::{Authority, PathAndQuery, Scheme};
-use http::{Method, Request, Response, StatusCode, Uri};
+use http::{Method, Request, Response, StatusCode, Uri, Version};
 use http_body_util::{Either, Full};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
@@ -38,8 +39,10 @@ pub struct Site {
     agent: String,
     /// `HOST[:PORT]`, where the session has a host name of its own.
     own: Option<HeaderValue>,
-    /// The path of the link that nobody has used yet.
-    link: Mutex<Option<String>>,
+    /// The path of the link.
+    link: String,
+    /// Whether nobody has used it yet.
+    fresh: AtomicBool,
     /// What the cookie holds.
     secret: String,
     /// Where the link leads.
@@ -91,7 +94,8 @@ impl Site {
             target,
             agent,
             own,
-            link: Mutex::new(Some(link.clone())),
+            link: link.clone(),
+            fresh: AtomicBool::new(true),
             secret: secret(),
             first: first.unwrap_or(HeaderValue::from_static("/")),
             sources: Mutex::new(Sources::new(source, exact)),
@@ -112,8 +116,13 @@ impl Site {
     }
 
     /// Whether that is the network of the one that it is for.
-    pub(super) fn is_of(&self, from: IpAddr) -> bool {
+    pub(crate) fn is_of(&self, from: IpAddr) -> bool {
         self.sources.lock().unwrap_or_else(PoisonError::into_inner).has(from)
+    }
+
+    /// The networks of the one that it is for, as far as they are known.
+    pub(super) fn networks(&self) -> Vec<IpAddr> {
+        self.sources.lock().unwrap_or_else(PoisonError::into_inner).pinned.into_iter().flatten().collect()
     }
 
     /// Somebody from there has shown a secret of it: nobody else of that IP version may from here on.
@@ -133,14 +142,15 @@ impl Site {
         if !self.is_for(from) || self.own.as_ref().is_some_and(|own| !is_same_host(host, own)) {
             return None;
         }
+        let public = self.own.clone().unwrap_or_else(|| host.clone());
+        let known = self.names.shown(headers).any(|shown| is_same(shown, &self.secret))
+            && is_from_here(request.method(), headers, &public, switching);
         if request.uri().path().starts_with(OWN_PATH) {
-            self.enter(request)?;
+            self.enter(request, known)?;
             self.pin(from);
             return Some(Admitted::Entered);
         }
-        let public = self.own.clone().unwrap_or_else(|| host.clone());
-        let known = self.names.shown(headers).any(|shown| is_same(shown, &self.secret));
-        if !known || !is_from_here(request.method(), headers, &public, switching) {
+        if !known || self.names.outlives(headers) {
             return None;
         }
         self.pin(from);
@@ -171,6 +181,8 @@ impl Site {
             Err(_) if watch.has_refused() => return page::malformed(),
             Err(failure) => return self.failed(asked.as_ref(), &failure),
         };
+        // A target of HTTP/1.0 ends a body with the connection: on ours it ends as bodies of HTTP/1.1 do, or it is cut.
+        *response.version_mut() = Version::HTTP_11;
         let switched = response.status() == StatusCode::SWITCHING_PROTOCOLS;
         if switched && !switching {
             let what = format!("{}: it switches to a protocol that nobody asked for", self.target_name());
@@ -196,16 +208,13 @@ impl Site {
         format!("{}://{}/", self.names.scheme, self.names.authority.to_str().unwrap_or_default())
     }
 
-    /// Uses the link. It can be used once.
-    fn enter(&self, request: &Request<Incoming>) -> Option<()> {
+    /// Uses the link. It can be used once; the browser that has used it (`known`) may come back to it.
+    fn enter(&self, request: &Request<Incoming>, known: bool) -> Option<()> {
         // A browser that loads pages before anybody wants them must not use it up.
         let ahead =
             request.headers().contains_key("sec-purpose") || request.headers().contains_key("purpose");
-        let mut link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
-        let right = request.method() == Method::GET
-            && !ahead
-            && link.as_ref().is_some_and(|link| is_same(request.uri().path(), link));
-        if right { link.take().map(drop) } else { None }
+        let right = request.method() == Method::GET && !ahead && is_same(request.uri().path(), &self.link);
+        (right && (self.fresh.swap(false, Ordering::AcqRel) || known)).then_some(())
     }
 
     fn entered(&self) -> Answer {
@@ -217,6 +226,10 @@ impl Site {
         headers.insert(SET_COOKIE, cookie.expect("a name and hexadecimal digits"));
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
         headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+        if self.own.is_none() {
+            // Another session may have had this port before.
+            headers.insert("clear-site-data", HeaderValue::from_static("\"cache\", \"storage\""));
+        }
         answer
     }
 

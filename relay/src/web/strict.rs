@@ -72,6 +72,15 @@ impl Framing {
         self.state == State::Switching
     }
 
+    /// Whether a request has begun and not ended.
+    pub fn is_within(&self) -> bool {
+        match self.state {
+            State::Head => self.head.begun || !self.line.is_empty(),
+            State::Switching => false,
+            _ => true,
+        }
+    }
+
     /// Reads on.
     ///
     /// # Errors

@@ -1,9 +1,11 @@
 //! The target of a session that serves pages: connections to it through the tunnel, kept for the next request.
 
-use std::error::Error;
+use std::error::Error as StdError;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -17,15 +19,15 @@ use bytes::Bytes;
 use http::{Method, Request, Response, Uri};
 use http_body_util::{Either, Empty};
 use hyper::body::{Body, Incoming};
-use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::{Connected, Connection};
+use hyper_util::client::legacy::{Client, Error};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, OtherError, SignatureScheme};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
@@ -34,6 +36,13 @@ const CONNECT: Duration = Duration::from_secs(10);
 /// Connections that may wait for the next request. Many servers close one after 5 s.
 const IDLE: usize = 64;
 const IDLE_FOR: Duration = Duration::from_secs(4);
+
+/// What is buffered of a target's answer.
+const BUFFER: usize = 64 * 1024;
+/// How long the agent may be away before a request that waits for an answer is told so.
+const AWAY: Duration = Duration::from_secs(15);
+/// How long a target may think about an answer: longer than any page that waits for news.
+const SILENT: Duration = Duration::from_secs(5 * 60);
 
 /// What is sent to a target.
 pub(super) type Sent = Either<Incoming, Empty<Bytes>>;
@@ -91,6 +100,7 @@ impl WebTarget {
             // Small servers in printers and the like compare names as they are usually written.
             .http1_title_case_headers(true)
             .http1_max_headers(200)
+            .http1_max_buf_size(BUFFER)
             .build(way.clone());
         Ok(Self { way, client })
     }
@@ -109,21 +119,32 @@ impl WebTarget {
     /// # Errors
     /// [`Failure`].
     pub(super) async fn send(&self, request: Request<Incoming>) -> Result<Response<Incoming>, Failure> {
+        // An upload takes its time.
+        let asks_only = request.body().is_end_stream();
+        tokio::select! {
+            answer = self.ask(request) => answer,
+            failure = self.way.0.away() => Err(failure),
+            () = sleep(SILENT), if asks_only => Err(self.way.0.late("did not answer", SILENT)),
+        }
+    }
+
+    async fn ask(&self, request: Request<Incoming>) -> Result<Response<Incoming>, Failure> {
         let (parts, body) = request.into_parts();
         let repeats =
             [Method::GET, Method::HEAD, Method::OPTIONS].contains(&parts.method) && body.is_end_stream();
+        let failed = |error: &Error| self.way.0.failure(error);
         if !repeats {
             let sent = self.client.request(Request::from_parts(parts, Either::Left(body))).await;
-            return sent.map_err(|error| self.way.0.failure(&error));
+            return sent.inspect(has_answered).map_err(|error| failed(&error));
         }
         let ask = |parts| self.client.request(Request::from_parts(parts, Either::Right(Empty::new())));
-        match ask(parts.clone()).await {
+        let answer = match ask(parts.clone()).await {
             // A kept connection was closed at the same moment: nobody knows whether the request was read, and this one may
             // be read twice (RFC 9110 section 9.2.2).
-            Err(error) if was_cut(&error) => ask(parts).await,
+            Err(error) if was_kept(&error) => ask(parts).await,
             done => done,
-        }
-        .map_err(|error| self.way.0.failure(&error))
+        };
+        answer.inspect(has_answered).map_err(|error| failed(&error))
     }
 }
 
@@ -172,26 +193,42 @@ impl Ends {
         let stream = match timeout(CONNECT, opening).await {
             Ok(Ok(stream)) => stream,
             Ok(Err(error)) => return Err(self.of_stream(error)),
-            Err(_) if !self.tunnel.carriers().iter().any(|carrier| carrier.ready && !carrier.silent) => {
-                let why = self.tunnel.trouble().unwrap_or_else(|| "nothing comes from it".to_owned());
-                return Err(Failure {
-                    leg: Leg::Agent,
-                    what: format!("the agent cannot be reached: {why}"),
-                    unreachable: true,
-                });
-            }
-            Err(_) => return Err(self.late("did not answer")),
+            Err(_) if !self.is_there() => return Err(self.gone()),
+            Err(_) => return Err(self.late("did not answer", CONNECT)),
         };
         let Some(tls) = &self.tls else { return Ok(ToTarget::Plain(stream)) };
         match timeout(CONNECT, tls.connector.connect(tls.name.clone(), stream)).await {
             Ok(Ok(stream)) => Ok(ToTarget::Tls(Box::new(stream))),
             Ok(Err(error)) => Err(self.of_io(&error)),
-            Err(_) => Err(self.late("did not finish its TLS handshake")),
+            Err(_) => Err(self.late("did not finish its TLS handshake", CONNECT)),
         }
     }
 
-    fn late(&self, what: &str) -> Failure {
-        let what = format!("{}: it {what} within {} s", self.target, CONNECT.as_secs());
+    /// Whether there is a way to the agent.
+    fn is_there(&self) -> bool {
+        self.tunnel.carriers().iter().any(|carrier| carrier.ready && !carrier.silent)
+    }
+
+    /// Completes when there has been none for a while.
+    async fn away(&self) -> Failure {
+        let mut since = Instant::now();
+        loop {
+            sleep(Duration::from_secs(1)).await;
+            if self.is_there() {
+                since = Instant::now();
+            } else if since.elapsed() >= AWAY {
+                return self.gone();
+            }
+        }
+    }
+
+    fn gone(&self) -> Failure {
+        let why = self.tunnel.trouble().unwrap_or_else(|| "nothing comes from it".to_owned());
+        Failure { leg: Leg::Agent, what: format!("the agent cannot be reached: {why}"), unreachable: true }
+    }
+
+    fn late(&self, what: &str, waited: Duration) -> Failure {
+        let what = format!("{}: it {what} within {} s", self.target, waited.as_secs());
         Failure { leg: Leg::Target, what, unreachable: true }
     }
 
@@ -224,7 +261,7 @@ impl Ends {
         Failure { leg: Leg::Target, what: format!("{}: {what}", self.target), unreachable }
     }
 
-    fn failure(&self, error: &(dyn Error + 'static)) -> Failure {
+    fn failure(&self, error: &(dyn StdError + 'static)) -> Failure {
         let mut cause = Some(error);
         let mut innermost = error;
         while let Some(error) = cause {
@@ -247,11 +284,25 @@ impl Ends {
     }
 }
 
-fn was_cut(error: &hyper_util::client::legacy::Error) -> bool {
-    error
-        .source()
-        .and_then(|source| source.downcast_ref::<hyper::Error>())
-        .is_some_and(|error| error.is_incomplete_message() || error.is_closed() || error.is_canceled())
+/// Whether a connection has brought an answer already.
+#[derive(Debug, Clone, Default)]
+struct Answered(Arc<AtomicBool>);
+
+fn has_answered(response: &Response<Incoming>) {
+    if let Some(answered) = response.extensions().get::<Answered>() {
+        answered.0.store(true, Relaxed);
+    }
+}
+
+/// Whether a request failed because a connection that was kept had ended.
+fn was_kept(error: &Error) -> bool {
+    let mut extensions = http::Extensions::new();
+    if let Some(connection) = error.connect_info() {
+        connection.get_extras(&mut extensions);
+    }
+    let source = error.source().and_then(|source| source.downcast_ref::<hyper::Error>());
+    source.is_some_and(|error| error.is_incomplete_message() || error.is_closed() || error.is_canceled())
+        && extensions.get::<Answered>().is_some_and(|answered| answered.0.load(Relaxed))
 }
 
 impl tower_service::Service<Uri> for Way {
@@ -277,7 +328,7 @@ enum ToTarget {
 
 impl Connection for ToTarget {
     fn connected(&self) -> Connected {
-        Connected::new()
+        Connected::new().extra(Answered::default())
     }
 }
 

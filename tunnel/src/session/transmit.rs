@@ -181,7 +181,8 @@ impl Session {
             let turn = match std::mem::take(&mut self.turn_left) {
                 0 if self.ready.is_empty() => LONG_TURN,
                 0 => TURN,
-                left => left,
+                // Alone when it began, perhaps, and no longer.
+                left => left.min(if self.ready.is_empty() { LONG_TURN } else { TURN }),
             };
             let payload = self.stream_frames(now, id, stream, turn.min(room), out);
             let sent = payload.as_ref().map_or(0, Bytes::len);
