@@ -223,6 +223,23 @@ async fn every_kind_of_request_passes() -> anyhow::Result<()> {
     println!("a GiB: {:.0} Mbit/s", length as f64 * 8e-6 / started.elapsed().as_secs_f64());
     ensure!(sum.starts_with(&sha256(9, length)), "SHA-256 differs");
 
+    // A target that speaks HTTP/1.0 only: a browser can tell a whole answer from one that was cut all the same.
+    let dir = world.scratch().join("old");
+    std::fs::create_dir(&dir)?;
+    std::fs::write(dir.join("page"), "an old page")?;
+    let port =
+        world.lab.agent.host.run(|| Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port()))?;
+    let mut command = Command::new("python3");
+    command.args(["-m", "http.server", "--bind", "127.0.0.1", "--directory"]).arg(&dir).arg(port.to_string());
+    let _old = world.lab.agent.host.spawn(command)?;
+    let opened = poll(PATIENCE, "an old web server", async || {
+        redirect(&world, &format!("http://127.0.0.1:{port}/"), &[]).await.ok()
+    })
+    .await?;
+    let old = Site::of(&world, &opened)?;
+    let page = Jar::enter(&world, &old).await?.curl(technician, &["-i", &old.url("/page")]).await?.ok()?;
+    ensure!(page.starts_with("HTTP/1.1 200") && page.ends_with("an old page"), "{page}");
+
     // A WebSocket, and one that a page of another origin asks for.
     for (origin, works) in
         [(format!("https://{}", site.host), true), ("https://evil.example".to_owned(), false)]
@@ -540,11 +557,20 @@ async fn a_page_says_which_leg_failed() -> anyhow::Result<()> {
             "{failed:?}"
         );
     }
-    let web = WebServer::start(&world.lab.agent.host).await?;
+    let (web, other) =
+        (WebServer::start(&world.lab.agent.host).await?, WebServer::start(&world.lab.agent.host).await?);
     let opened = redirect(&world, &format!("http://127.0.0.1:{}/", web.port), &[]).await?;
     let site = Site::of(&world, &opened)?;
     let jar = Jar::enter(&world, &site).await?;
     jar.curl(technician, &[&site.url("/")]).await?.ok()?;
+    // One that waits for an answer when the agent dies.
+    let opened = redirect(&world, &format!("http://127.0.0.1:{}/", other.port), &[]).await?;
+    let of_other = Site::of(&world, &opened)?;
+    let jar_of_other = Jar::enter(&world, &of_other).await?;
+    let mut command = Command::new("curl");
+    command.args(["-sSi", "--max-time", "60"]).args(&jar_of_other.options).arg(of_other.url("/silent"));
+    let waits = technician.spawn(command)?;
+    poll(PATIENCE, "a request that waits", async || (!other.heads().is_empty()).then_some(())).await?;
     web.stop().await;
     let page = jar.curl(technician, &["-i", "-H", "Accept: text/html", &site.url("/")]).await?.ok()?;
     println!("{page}");
@@ -553,6 +579,11 @@ async fn a_page_says_which_leg_failed() -> anyhow::Result<()> {
         "{page}"
     );
     ensure!(page.contains(": <b>failed") && page.contains("the target refused the connection"), "{page}");
+    // The page is read also by who has something large to say.
+    let upload = format!("head -c 33554432 /dev/zero | curl -sSi -T - {}", jar.options(&site.url("/upload")));
+    // The shell minds that curl does not take all of it.
+    let page = bash(technician, &upload).await?.stdout;
+    ensure!(page.contains("HTTP/1.1 502") && page.contains("the target refused the connection"), "{page}");
     // The browser that used the link may come back to it.
     let again = jar.curl(technician, &["-i", &site.url(&site.link)]).await?.ok()?;
     ensure!(again.starts_with("HTTP/1.1 303"), "{again}");
@@ -563,6 +594,9 @@ async fn a_page_says_which_leg_failed() -> anyhow::Result<()> {
         page.starts_with("HTTP/1.1 502") && page.contains("the server to the agent agent: <b>failed"),
         "{page}"
     );
+    let waited = waits.finish(Duration::from_secs(40)).await?.ok()?;
+    println!("{waited}");
+    ensure!(waited.starts_with("HTTP/1.1 502") && waited.contains("the agent cannot be reached"), "{waited}");
     Ok(())
 }
 

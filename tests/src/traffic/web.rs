@@ -34,6 +34,7 @@ use crate::lab::Host;
 /// | `/cookies` | cookies, good ones and bad |
 /// | `/ws` | a WebSocket that sends back what it gets |
 /// | `/slow` | a byte, and no more for a minute |
+/// | `/silent` | nothing |
 /// | others | the request's head |
 pub struct WebServer {
     /// The port on the host's loopback.
@@ -152,6 +153,7 @@ async fn answer(mut request: Request<Incoming>, seen: Arc<Mutex<Vec<String>>>) -
             });
             *answer.body_mut() = BodyExt::boxed(StreamBody::new(bytes));
         }
+        "/silent" => std::future::pending::<()>().await,
         "/cookies" => {
             for cookie in
                 ["a=1; Path=/; Domain=example.org", "__Host-adit=evil; Path=/; Secure", "b=2; HttpOnly"]
