@@ -11,7 +11,6 @@
 //! cannot be reached) or 503. Without a valid token nothing is here: the same 404 as for everybody.
 
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::Arc;
 
 use adit_client::identity::Peer;
@@ -171,7 +170,7 @@ impl web::Api for Api {
         request: Request<Incoming>,
         from: SocketAddr,
         admitted: &'a (dyn Fn() + Send + Sync),
-    ) -> Pin<Box<dyn Future<Output = Option<Response<Full<Bytes>>>> + Send + 'a>> {
+    ) -> web::ApiAnswer<'a> {
         Box::pin(async move {
             let channel = self.technician(request.headers().get(AUTHORIZATION), from)?;
             admitted();

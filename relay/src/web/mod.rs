@@ -85,8 +85,11 @@ pub trait Api: Send + Sync {
         request: Request<Incoming>,
         from: SocketAddr,
         admitted: &'a (dyn Fn() + Send + Sync),
-    ) -> Pin<Box<dyn Future<Output = Option<Response<Full<Bytes>>>> + Send + 'a>>;
+    ) -> ApiAnswer<'a>;
 }
+
+/// See [`Api::answer`].
+pub type ApiAnswer<'a> = Pin<Box<dyn Future<Output = Option<Response<Full<Bytes>>>> + Send + 'a>>;
 
 /// A domain whose names all lead here.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -61,6 +61,12 @@ pub struct Refused {
     pub in_head: bool,
 }
 
+impl Default for Framing {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Framing {
     /// Of a connection that has just begun.
     pub fn new() -> Self {
