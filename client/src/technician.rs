@@ -1,6 +1,6 @@
 //! The technician's side: lists agents and opens sessions with them.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,6 +10,7 @@ use adit_protocol::control::{
 use adit_protocol::{Target, Wanted};
 use adit_tunnel::session::End;
 use tokio::sync::oneshot;
+use tokio::time::timeout;
 
 use crate::control::maintain::State;
 use crate::exit::{Exit, Failure};
@@ -22,6 +23,9 @@ const CONNECT: Duration = Duration::from_secs(15);
 
 /// How long a redirector may take until its port is open: the agent and the target have to answer.
 const REDIRECTED: Duration = Duration::from_secs(30);
+
+/// How long the redirector's name may take to resolve.
+const RESOLVED: Duration = Duration::from_secs(3);
 
 /// A technician's device with its control channel.
 pub struct Technician {
@@ -37,7 +41,7 @@ impl Technician {
         let (hub, _no_offers) = Hub::start(identity);
         let mut state = hub.control().state();
         let first = state.wait_for(|state| !matches!(state, State::Connecting));
-        let failed = match tokio::time::timeout(CONNECT, first).await {
+        let failed = match timeout(CONNECT, first).await {
             Ok(Ok(state)) => match &*state {
                 State::Disconnected { reason, remedy, exit, .. } => Some(TechnicianError::NoMediator {
                     reason: reason.clone(),
@@ -113,7 +117,10 @@ impl Technician {
             })
         };
         match self.hub.request_within(REDIRECTED, redirect).await? {
-            Down::Redirected(redirected) => {
+            Down::Redirected(mut redirected) => {
+                if redirected.link.is_empty() {
+                    redirected.address = reached_from(&redirected.source, redirected.address).await;
+                }
                 let ended = self.hub.watch(&redirected.session);
                 Ok(RedirectedPort { redirected, ended })
             }
@@ -142,6 +149,19 @@ pub struct RedirectedPort {
     pub redirected: Redirected,
     /// Why it was closed, when it is.
     pub ended: oneshot::Receiver<String>,
+}
+
+/// `HOST:PORT` such that whoever may use it comes from `source`: where the name has addresses of both IP versions, one of the
+/// source's. Programs would take the other one, and be turned away.
+async fn reached_from(source: &str, address: String) -> String {
+    let resolving = timeout(RESOLVED, tokio::net::lookup_host(address.clone()));
+    let (Ok(source), Ok(Ok(found))) = (source.parse::<IpAddr>(), resolving.await) else { return address };
+    let (fit, misfit): (Vec<SocketAddr>, Vec<SocketAddr>) =
+        found.partition(|address| address.is_ipv4() == source.is_ipv4());
+    match fit.first() {
+        Some(fit) if !misfit.is_empty() => fit.to_string(),
+        _ => address,
+    }
 }
 
 /// Why the mediator did not do what was asked.

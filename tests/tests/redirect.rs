@@ -22,6 +22,7 @@ lab_tests!(
     a_port_closes_at_the_end_of_its_time,
     without_permission_there_is_no_port,
     what_cannot_be_opened_is_said_in_a_line,
+    a_full_range_is_said_in_a_line,
     a_grant_taken_away_closes_the_port,
     a_local_port_leads_to_the_redirector,
     a_script_opens_a_port,
@@ -197,6 +198,33 @@ async fn what_cannot_be_opened_is_said_in_a_line() -> anyhow::Result<()> {
     .await?;
     println!("{}", failed.stderr);
     ensure!(failed.stderr.contains("is offline"), "{failed:?}");
+    Ok(())
+}
+
+async fn a_full_range_is_said_in_a_line() -> anyhow::Result<()> {
+    let mut world = World::up(Setup::new(Topology::new(NatKind::Cone, NatKind::Cone)).redirector()).await?;
+    let file = format!("{}/config.toml", world.data("server"));
+    let config = std::fs::read_to_string(&file)?.replace("\"49152-65535\"", "\"50000-50000\"");
+    std::fs::write(&file, config)?;
+    world.mediator.kill().await?;
+    world.mediator = adit_tests::world::start(
+        &world.lab.server,
+        "adit-mediator",
+        &["run", "--data", &world.data("server")],
+    )?;
+    world.agent_online().await?;
+    let (_, port) = counting(&world.lab.agent.host).await?;
+    let target = format!("127.0.0.1:{port}");
+    let opened = redirect(&world, &target, &[]).await?;
+    ensure!(address(&opened)?.port() == 50_000, "{opened}");
+    let failed = try_redirect(&world, &target, &[]).await?;
+    println!("{}", failed.stderr);
+    ensure!(
+        failed.code == 4
+            && failed.stderr.contains("all ports of the redirector are taken")
+            && failed.stderr.lines().count() <= 2,
+        "{failed:?}"
+    );
     Ok(())
 }
 

@@ -17,7 +17,7 @@ use crate::events::{Event, Events};
 use crate::os;
 use crate::service;
 use crate::session::SessionEvent;
-use crate::status::{self, SessionInfo};
+use crate::status::{self, SessionInfo, SessionStatus};
 
 /// Events that wait to be written.
 const EVENTS: usize = 256;
@@ -67,7 +67,8 @@ impl Agent {
         let sessions = Arc::<Sessions>::default();
         let process = status::Process { command: "agent", device: identity.get().name.clone() };
         let shown = sessions.clone();
-        let _status = status::serve(&dir, process, move || shown.all());
+        let _status =
+            status::serve(&dir, process, move || shown.all().iter().map(SessionStatus::from).collect());
 
         service::ready();
         let (sender, mut receiver) = mpsc::channel(EVENTS);

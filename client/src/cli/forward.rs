@@ -66,9 +66,8 @@ pub(super) async fn serve(
     let (_, _, via) = session.check()?;
     if via == Via::Redirector {
         let technician = session.connect().await?;
-        let agent = &session.agent;
-        return redirected::serve(&technician, agent, listeners, events, "asked for with --via", launch)
-            .await;
+        let reason = "asked for with --via";
+        return redirected::serve(&technician, session, command, listeners, events, reason, launch).await;
     }
     let wanted: Vec<Wanted> = listeners.iter().map(|listener| listener.wanted().clone()).collect();
     let specs: Vec<_> =
@@ -100,7 +99,7 @@ pub(super) async fn serve(
                 Err(not_opened) if connected.via == Via::Auto && connected.is_over() => {
                     serving.shutdown().await;
                     let launch = launch.unwrap_or(Launch::Nothing);
-                    return third_tier(&connected, &session.agent, specs, events, not_opened, launch).await;
+                    return third_tier(connected, session, command, specs, events, not_opened, launch).await;
                 }
                 Err(error) => return Err(error),
             },
@@ -117,8 +116,9 @@ pub(super) async fn serve(
 
 /// The redirector, where operator and agent permit it; else what was wrong before, and which permission is missing.
 async fn third_tier(
-    connected: &Connected,
-    agent: &str,
+    mut connected: Connected,
+    session: &SessionArgs,
+    command: &'static str,
     specs: Vec<(SocketAddr, Wanted)>,
     events: Events,
     before: Failed,
@@ -130,7 +130,10 @@ async fn third_tier(
     for (local, wanted) in specs {
         listeners.push(Listener::bind_again(local, wanted).await?);
     }
-    match redirected::serve(&connected.technician, agent, listeners, events, &reason, launch).await {
+    // Another one takes its place.
+    connected.status.take();
+    match redirected::serve(&connected.technician, session, command, listeners, events, &reason, launch).await
+    {
         Err(Failed(error)) if error.exit() == Exit::Refused || error.exit() == Exit::Usage => {
             Err(CliError::NoTier { before: reason, exit: before.exit(), redirector: error.to_string() }
                 .into())

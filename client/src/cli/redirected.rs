@@ -1,16 +1,19 @@
 //! Local ports that lead to the redirector instead of through a tunnel of ours: the third tier, openly.
 
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
 
-use adit_protocol::Wanted;
 use adit_protocol::control::Redirected;
+use adit_protocol::{SessionId, Wanted};
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
 use super::launch::{self, Launch};
+use super::technician::SessionArgs;
 use super::{CliError, Failed, signals};
 use crate::events::{Event, Events, complain};
-use crate::forward::Listener;
+use crate::forward::{Listener, Traffic};
+use crate::status::{self, RedirectedInfo, SessionStatus};
 use crate::technician::Technician;
 
 /// For how long a port is asked for: a working session, and no longer than a door should stand open behind a program that
@@ -21,15 +24,23 @@ const TIME: Duration = Duration::from_secs(4 * 60 * 60);
 /// the program that is launched has ended. `reason`: why this tier.
 pub(super) async fn serve(
     technician: &Technician,
-    agent: &str,
+    session: &SessionArgs,
+    command: &'static str,
     listeners: Vec<Listener>,
     events: Events,
     reason: &str,
     launch: Launch,
 ) -> Result<(), Failed> {
     let mut ports = Vec::new();
+    let shown: Arc<Mutex<Vec<RedirectedInfo>>> = Arc::default();
+    let (dir, identity, _) = session.check()?;
+    let (all, device) = (shown.clone(), identity.get().name.clone());
+    let sessions =
+        move || all.lock().unwrap_or_else(PoisonError::into_inner).iter().map(SessionStatus::from).collect();
+    let _status = status::serve(&dir, status::Process { command, device }, sessions);
+    let agent = &session.agent;
     let done = tokio::select! {
-        done = serve_all(technician, agent, listeners, events, reason, launch, &mut ports) => done,
+        done = serve_all(technician, agent, listeners, events, reason, launch, &mut ports, &shown) => done,
         () = signals::stop() => Ok(()),
     };
     // Whatever it ended with, the server keeps no door open.
@@ -45,6 +56,7 @@ pub(super) async fn serve(
     done
 }
 
+#[expect(clippy::too_many_arguments, reason = "the parts of one command")]
 async fn serve_all(
     technician: &Technician,
     agent: &str,
@@ -53,6 +65,7 @@ async fn serve_all(
     reason: &str,
     launch: Launch,
     ports: &mut Vec<Redirected>,
+    shown: &Mutex<Vec<RedirectedInfo>>,
 ) -> Result<(), Failed> {
     let started = Instant::now();
     let mut targets = Vec::new();
@@ -66,11 +79,17 @@ async fn serve_all(
     for (listener, target) in listeners.into_iter().zip(targets) {
         let port = technician.redirect(agent, &target, None, TIME, None).await?;
         let address = port.redirected.address.clone();
+        let traffic = Arc::<Traffic>::default();
+        if let Ok(session) = SessionId::try_from(&port.redirected.session[..]) {
+            let (peer, remote, since) = (agent.to_owned(), address.clone(), SystemTime::now());
+            let info = RedirectedInfo { session, peer, since, remote, traffic: traffic.clone() };
+            shown.lock().unwrap_or_else(PoisonError::into_inner).push(info);
+        }
         ports.push(port.redirected);
         tracing::warn!(%target, address, "tier redirector: the server can read what passes");
         events.emit(&Event::Listening { local: listener.local(), target: listener.wanted() });
         events.emit(&Event::Redirected { remote: &address, reason, since_start: started.elapsed() });
-        serving.spawn(listener.serve_by(address));
+        serving.spawn(listener.serve_by(address, traffic));
         ends.spawn(port.ended);
     }
     complain(

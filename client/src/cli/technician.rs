@@ -15,7 +15,7 @@ use super::{CliError, Failed};
 use crate::hub::OpenSession;
 use crate::identity::Live;
 use crate::session::SessionEvent;
-use crate::status::{self, SessionInfo};
+use crate::status::{self, SessionInfo, SessionStatus};
 use crate::technician::Technician;
 use crate::via::Via;
 
@@ -47,7 +47,7 @@ pub(super) struct Connected {
     pub(super) via: Via,
     /// Keeps the control channel up: tickets are renewed through it.
     pub(super) technician: Technician,
-    _status: Option<status::Server>,
+    pub(super) status: Option<status::Server>,
     /// The session is open, in the agent's word.
     opened: bool,
     deadline: Instant,
@@ -90,13 +90,15 @@ impl SessionArgs {
             tunnel: session.tunnel.clone(),
             via,
         };
-        let status = status::serve(&dir, status::Process { command, device }, move || vec![info.clone()]);
+        let status = status::serve(&dir, status::Process { command, device }, move || {
+            vec![SessionStatus::from(&info)]
+        });
         Ok(Connected {
             session,
             agent: self.agent.clone(),
             via,
             technician,
-            _status: status,
+            status,
             opened: false,
             deadline: Instant::now() + OPENED,
         })

@@ -9,6 +9,7 @@ mod udp;
 
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use adit_protocol::{Protocol, Wanted};
 use tokio::net::{TcpListener, UdpSocket};
@@ -16,6 +17,7 @@ use tokio::net::{TcpListener, UdpSocket};
 use crate::exit::{Exit, Failure};
 use crate::tunnel::Tunnel;
 
+pub use redirected::Traffic;
 pub use spec::{ForwardSpec, InvalidForward, ProxySpec};
 
 /// Ports that are tried after the preferred one before the system chooses.
@@ -100,9 +102,9 @@ impl Listener {
     }
 
     /// Serves connections by others to `server` (`HOST:PORT`). Dropping the future ends them.
-    pub async fn serve_by(self, server: String) {
+    pub async fn serve_by(self, server: String, traffic: Arc<Traffic>) {
         if let Socket::Tcp(listener) = self.socket {
-            redirected::serve(listener, server).await;
+            redirected::serve(listener, server, traffic).await;
         }
     }
 

@@ -9,6 +9,7 @@ mod windows;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use adit_protocol::SessionId;
@@ -22,6 +23,7 @@ use windows as system;
 
 use crate::events::millis;
 use crate::exit::{Exit, Failure};
+use crate::forward::Traffic;
 use crate::tunnel::{CarrierInfo, Tunnel};
 use crate::via::Via;
 
@@ -61,6 +63,21 @@ pub struct SessionInfo {
     pub tunnel: Tunnel,
     /// Which tiers it may take.
     pub via: Via,
+}
+
+/// A session of which a redirector is this end.
+#[derive(Debug, Clone)]
+pub struct RedirectedInfo {
+    /// Session id.
+    pub session: SessionId,
+    /// Name of the agent.
+    pub peer: String,
+    /// When it began.
+    pub since: SystemTime,
+    /// `HOST:PORT` of the redirector's port.
+    pub remote: String,
+    /// What has gone there.
+    pub traffic: Arc<Traffic>,
 }
 
 /// Who serves the document.
@@ -111,7 +128,7 @@ pub struct SessionStatus {
 /// One carrier.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CarrierStatus {
-    /// `quic`, `tcp`, `relay` or `relay-https`.
+    /// `quic`, `tcp`, `relay`, `relay-https` or `redirector`.
     pub carrier: String,
     /// `direct`, `relay` or `redirector`.
     pub tier: String,
@@ -134,7 +151,7 @@ pub struct CarrierStatus {
 pub fn serve(
     dir: &Path,
     process: Process,
-    sessions: impl Fn() -> Vec<SessionInfo> + Send + 'static,
+    sessions: impl Fn() -> Vec<SessionStatus> + Send + 'static,
 ) -> Option<Server> {
     let since = seconds(SystemTime::now());
     let document = move || Document {
@@ -142,7 +159,7 @@ pub fn serve(
         command: process.command.to_owned(),
         device: process.device.clone(),
         since,
-        sessions: sessions().iter().map(SessionStatus::from).collect(),
+        sessions: sessions(),
     };
     system::serve(&dir.join(RUN), document)
         .inspect_err(|error| tracing::warn!(%error, "the status of this process cannot be served"))
@@ -213,6 +230,33 @@ impl From<&SessionInfo> for SessionStatus {
             sent,
             received,
             carriers,
+        }
+    }
+}
+
+impl From<&RedirectedInfo> for SessionStatus {
+    fn from(info: &RedirectedInfo) -> Self {
+        let tier = "redirector".to_owned();
+        let (streams, sent, received) = info.traffic.counted();
+        let carrier = CarrierStatus {
+            carrier: tier.clone(),
+            tier: tier.clone(),
+            active: true,
+            local: None,
+            remote: Some(info.remote.clone()),
+            rtt_ms: None,
+            sent,
+            received,
+        };
+        Self {
+            session: info.session.to_string(),
+            peer: info.peer.clone(),
+            since: seconds(info.since),
+            tier: Some(tier),
+            streams,
+            sent,
+            received,
+            carriers: vec![carrier],
         }
     }
 }

@@ -62,7 +62,7 @@ pub(super) async fn ask(path: &Path) -> Option<Vec<u8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::status::{self, Process, RUN, SessionInfo};
+    use crate::status::{self, Process, RUN, SessionInfo, SessionStatus};
     use crate::tunnel::Tunnel;
     use adit_protocol::SessionId;
     use adit_tunnel::session::End;
@@ -81,7 +81,8 @@ mod tests {
             via: crate::via::Via::Auto,
         };
         let process = Process { command: "forward", device: "anna".to_owned() };
-        let server = status::serve(dir.path(), process, move || vec![info.clone()]).expect("serves");
+        let server =
+            status::serve(dir.path(), process, move || vec![SessionStatus::from(&info)]).expect("serves");
         let mode = fs::metadata(&server.path).expect("is there").permissions().mode() & 0o777;
         assert_eq!(mode, 0o600);
 

@@ -85,8 +85,8 @@ impl Site {
         let Parts { names, target, agent, path, source, exact } = parts;
         let link = format!("{OWN_PATH}{}", secret());
         let path = path.parse::<PathAndQuery>().ok().filter(|path| {
-            // Two slashes would be another host.
-            path.as_str().starts_with('/') && !path.as_str().starts_with("//")
+            // Two slashes would be another host; and browsers read the other kind as one.
+            path.as_str().starts_with('/') && !path.as_str()[1..].starts_with(['/', '\\'])
         });
         let first = path.and_then(|path| HeaderValue::from_str(path.as_str()).ok());
         let site = Arc::new(Self {

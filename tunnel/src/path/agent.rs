@@ -375,6 +375,10 @@ impl PathAgent {
     fn end_round(&mut self, now: Instant) {
         self.gatherer.stop();
         let found = self.round.take().and_then(|round| round.confirmed);
+        // The peer has not come on it by now: it does not know of it, or has given it up.
+        if self.role == IceRole::Controlled && self.confirmed.take().is_some() && self.in_use.is_none() {
+            self.want_round = true;
+        }
         if found.is_none() {
             self.fail(now);
         }
@@ -520,6 +524,7 @@ impl PathAgent {
         let Some(pair) = round.checklist.get(remote).filter(|pair| pair.is_valid()) else { return };
         let (remote, mapped, rtt) = (pair.remote, pair.mapped, pair.rtt.unwrap_or_default());
         round.confirmed = Some(remote.address);
+        round.ends = now + ROUND;
         round.checklist.stop();
         self.gatherer.stop();
         self.confirmed = Some(remote.address);

@@ -584,7 +584,9 @@ impl Session {
         if self.scarce && live.recv.window > share {
             self.windows_total -= live.recv.shrink(share);
         } else if live.recv.wants_growth() {
-            let more = live.recv.window.min(left / 2);
+            // Up to its share it may have all that is left.
+            let due = share.saturating_sub(live.recv.window).min(left);
+            let more = live.recv.window.min(due.max(left / 2));
             self.scarce |= more < live.recv.window && live.recv.window + more < share;
             live.recv.grow(more);
             self.windows_total += more;

@@ -338,6 +338,21 @@ fn strike(world: &mut World, fault: Fault) {
     }
 }
 
+/// A path is confirmed and no carrier comes on it: that must not keep the agent from a later round, in which its peer's
+/// check is there before the message.
+#[test]
+fn a_path_that_is_confirmed_and_not_used_is_forgotten() {
+    let mut world = World::new(Kind::PortRestricted, Kind::FullCone, 1);
+    world.relay.latency = millis(80);
+    world.carriers_pass = false;
+    world.run_for(seconds(20));
+    assert!(!world.agent.confirmed.is_empty() && !world.is_direct());
+    world.carriers_pass = true;
+    strike(&mut world, Fault::Nat(0, Kind::Symmetric));
+    let took = world.run_while_not(seconds(150), World::is_direct);
+    assert!(took.is_some_and(|took| took < seconds(60)), "{took:?}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(500))]
 

@@ -361,6 +361,10 @@ impl End {
             }
         } else if let Some(carrier) = self.carrier.as_mut().filter(|carrier| carrier.remote == source) {
             carrier.heard = now;
+            // A new connection takes the old one's place on the same path.
+            if payload == INITIAL {
+                self.path.path_in_use(now, source);
+            }
         } else if self.path.is_confirmed(source) {
             let carrier = Carrier { remote: source, up: true, heard: now, next_ping: now };
             let old = self.carrier.replace(carrier);
