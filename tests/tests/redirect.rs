@@ -270,6 +270,12 @@ async fn a_local_port_leads_to_the_redirector() -> anyhow::Result<()> {
     }
     let agent = world.agent.event(PATIENCE, "tier", 0, |event| Some(event["tier"].clone())).await?;
     ensure!(agent == "redirector", "{agent}");
+    let status = ["status", "--json", "--data", &data];
+    let status = adit_tests::world::run(&world.lab.technician.host, "adit", &status).await?;
+    let shown: Value = serde_json::from_str(status.trim())?;
+    println!("{shown}");
+    let session = &shown["sessions"][0];
+    ensure!(session["tier"] == "redirector" && session["received"].as_u64() >= Some(5 * BYTES), "{shown}");
 
     // Ctrl-C closes the door on the server, too.
     let first: SocketAddr = tier["remote"].as_str().unwrap_or_default().parse()?;
