@@ -1,5 +1,5 @@
 //! The certificates of web servers beside agents, as this technician has seen them, like `known_hosts` of OpenSSH: one
-//! line for each, `AGENT HOST:PORT SHA-256`, and the last line for an agent's target counts.
+//! line for each, `AGENT HOST:PORT SHA-256` with the agent's device id, and the last line for an agent's target counts.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, ErrorKind, Write};

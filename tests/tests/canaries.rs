@@ -60,10 +60,10 @@ async fn row_04_canaries_hear_nothing() -> anyhow::Result<()> {
             ensure!(curl.code != 0 && curl.stdout.is_empty(), "{canary}: {curl:?}");
             tried += 1;
         }
-        // A target of its own, and a port of the redirector.
-        let target = format!("{canary}:{PORT}");
-        for command in [&["stdio"][..], &["redirect"]] {
-            let arguments = [command, &[AGENT, &target, "--data", &data]].concat();
+        // A target of its own, and a port and pages of the redirector.
+        let (target, url) = (format!("{canary}:{PORT}"), format!("http://{canary}:{PORT}/"));
+        for (command, target) in [("stdio", &target), ("redirect", &target), ("redirect", &url)] {
+            let arguments = [command, AGENT, target, "--data", &data];
             let finished = world.technician(&arguments)?.finish(PATIENCE).await?;
             ensure!(finished.code != 0 && finished.stdout.is_empty(), "{target}: {finished:?}");
             tried += 1;

@@ -7,10 +7,11 @@ use std::time::{Duration, Instant};
 use adit_tests::lab::{Host, NatKind, Topology};
 use adit_tests::process::Finished;
 use adit_tests::traffic::{HttpServer, WebServer, sha256};
-use adit_tests::world::{AGENT, DOMAIN, PATIENCE, Setup, World, run};
+use adit_tests::world::{AGENT, DOMAIN, PATIENCE, Setup, World, run, start};
 use adit_tests::{lab_tests, poll, within};
 use anyhow::{Context, ensure};
 use futures_util::{SinkExt, StreamExt};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
 use serde_json::Value;
@@ -30,6 +31,7 @@ lab_tests!(
     a_self_signed_certificate_is_known_again,
     a_page_says_which_leg_failed,
     pages_end_with_their_time,
+    the_operators_own_certificate,
 );
 
 /// What everybody gets who has no business there.
@@ -65,6 +67,13 @@ async fn a_link_lets_one_browser_in() -> anyhow::Result<()> {
             ("no cookie", technician, &site, "GET / HTTP/1.1\r\n".to_owned()),
             ("HEAD", technician, &site, format!("HEAD {} HTTP/1.1\r\n", site.link)),
             ("POST", technician, &site, format!("POST {} HTTP/1.1\r\n", site.link)),
+            ("an upgrade", technician, &site, "GET / HTTP/1.1\r\nUpgrade: websocket\r\n".to_owned()),
+            (
+                "an upgrade elsewhere",
+                technician,
+                &other,
+                "GET / HTTP/1.1\r\nUpgrade: websocket\r\n".to_owned(),
+            ),
             (
                 "ahead of time",
                 technician,
@@ -113,7 +122,15 @@ async fn a_link_lets_one_browser_in() -> anyhow::Result<()> {
 
     // All take the same time: as far as a median of a busy machine can show it.
     let mut medians: Vec<(&str, Duration)> = Vec::new();
-    for what in ["an unknown label", "another name", "a wrong link", "no cookie", "a used link"] {
+    for what in [
+        "an unknown label",
+        "another name",
+        "a wrong source",
+        "a wrong link",
+        "no cookie",
+        "an upgrade",
+        "a used link",
+    ] {
         let mut all: Vec<Duration> =
             times.iter().filter(|(of, _)| *of == what).map(|(_, took)| *took).collect();
         all.sort();
@@ -469,7 +486,8 @@ async fn row_17_no_path_leads_anywhere_without_a_cookie() -> anyhow::Result<()> 
         "/.adit/",
         "/setup",
         "/admin",
-        "/api",
+        "/api/v1/agents",
+        "/api/v1/redirect",
         &site.link[..30],
     ] {
         for path in [
@@ -580,7 +598,10 @@ async fn a_page_says_which_leg_failed() -> anyhow::Result<()> {
     );
     ensure!(page.contains(": <b>failed") && page.contains("the target refused the connection"), "{page}");
     // The page is read also by who has something large to say.
-    let upload = format!("head -c 33554432 /dev/zero | curl -sSi -T - {}", jar.options(&site.url("/upload")));
+    let upload = format!(
+        "head -c 33554432 /dev/zero | curl -sSi -H 'Expect:' -T - {}",
+        jar.options(&site.url("/upload"))
+    );
     // The shell minds that curl does not take all of it.
     let page = bash(technician, &upload).await?.stdout;
     ensure!(page.contains("HTTP/1.1 502") && page.contains("the target refused the connection"), "{page}");
@@ -605,14 +626,14 @@ async fn pages_end_with_their_time() -> anyhow::Result<()> {
     let technician = &world.lab.technician.host;
     let web = WebServer::start(&world.lab.agent.host).await?;
     let target = format!("http://127.0.0.1:{}/", web.port);
-    let opened = redirect(&world, &target, &["--ttl", "3s"]).await?;
+    let opened = redirect(&world, &target, &["--ttl", "8s"]).await?;
     let site = Site::of(&world, &opened)?;
     let jar = Jar::enter(&world, &site).await?;
     let started = Instant::now();
     // A download that would go on for ever is cut, and not as if it were whole.
     let cut = jar.curl(technician, &[&site.url("/slow")]).await?;
     println!("after {:?}: {cut:?}", started.elapsed());
-    ensure!(cut.code != 0 && cut.stdout == "x" && started.elapsed() < Duration::from_secs(6), "{cut:?}");
+    ensure!(cut.code != 0 && cut.stdout == "x" && started.elapsed() < Duration::from_secs(12), "{cut:?}");
     let request = format!("GET / HTTP/1.1\r\nHost: {}\r\nCookie: {}\r\n\r\n", site.host, jar.cookie()?);
     let (answer, _) = site.ask(technician, request.into_bytes()).await?;
     ensure!(answer == NOTHING, "{answer:?}");
@@ -631,6 +652,39 @@ async fn pages_end_with_their_time() -> anyhow::Result<()> {
         (answer == NOTHING).then_some(())
     })
     .await
+}
+
+/// From an authority of the operator's, for the wildcard name.
+async fn the_operators_own_certificate() -> anyhow::Result<()> {
+    let mut world = world().await?;
+    let (authority, key) = (KeyPair::generate()?, KeyPair::generate()?);
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    params.distinguished_name.push(DnType::CommonName, "the operator's authority");
+    let root = params.self_signed(&authority)?;
+    let names = vec![format!("*.{DOMAIN}"), world.lab.server.address.to_string()];
+    let own = CertificateParams::new(names)?.signed_by(&key, &Issuer::from_params(&params, &authority))?;
+    let file = |name: &str| world.scratch().join(name).to_string_lossy().into_owned();
+    let (root_file, cert, key_file) = (file("root.pem"), file("cert.pem"), file("key.pem"));
+    std::fs::write(&root_file, root.pem())?;
+    std::fs::write(&cert, own.pem())?;
+    std::fs::write(&key_file, key.serialize_pem())?;
+    let config = format!("{}/config.toml", world.data("server"));
+    let text = std::fs::read_to_string(&config)?
+        .replace("# cert = \"/etc/ssl/adit/fullchain.pem\"", &format!("cert = {cert:?}"))
+        .replace("# key = \"/etc/ssl/adit/privkey.pem\"", &format!("key = {key_file:?}"));
+    ensure!(text.contains(&cert), "no such setting: {text}");
+    std::fs::write(&config, text)?;
+    world.mediator.kill().await?;
+    world.mediator = start(&world.lab.server, "adit-mediator", &["run", "--data", &world.data("server")])?;
+    world.agent_online().await?;
+    let web = WebServer::start(&world.lab.agent.host).await?;
+    let opened = redirect(&world, &format!("http://127.0.0.1:{}/", web.port), &[]).await?;
+    let site = Site { root: root_file, ..Site::of(&world, &opened)? };
+    let page =
+        Jar::enter(&world, &site).await?.curl(&world.lab.technician.host, &[&site.url("/a")]).await?.ok()?;
+    ensure!(page.starts_with("GET /a\n"), "{page}");
+    Ok(())
 }
 
 /// Where a session's pages are.

@@ -38,6 +38,7 @@ async fn beside_nginx() -> anyhow::Result<()> {
     )?;
     // As fast as it gets: with connections to the target that are kept.
     let data = world.data("server");
+    let root = format!("{data}/web-root.pem");
     let _proxy = nginx(
         server,
         &world.scratch().join("proxy"),
@@ -58,7 +59,7 @@ async fn beside_nginx() -> anyhow::Result<()> {
     let by_nginx = format!("https://{}:{PROXY}", server.address);
     poll(PATIENCE, "nginx", async || {
         let mut command = Command::new("curl");
-        command.args(["-fsSk", "-o", "/dev/null", &format!("{by_nginx}/1KiB")]);
+        command.args(["-fsS", "--cacert", &root, "-o", "/dev/null", &format!("{by_nginx}/1KiB")]);
         let curl = technician.spawn(command).ok()?.finish(PATIENCE).await.ok()?;
         (curl.code == 0).then_some(())
     })
@@ -71,7 +72,7 @@ async fn beside_nginx() -> anyhow::Result<()> {
     let link = opened["link"].as_str().context("a link")?;
     let by_adit = link.split("/.adit").next().context("a link")?.to_owned();
     let mut command = Command::new("curl");
-    command.args(["-sSki", link]);
+    command.args(["-sSi", "--cacert", &root, link]);
     let entered = technician.spawn(command)?.finish(PATIENCE).await?.ok()?;
     let cookie = entered
         .lines()

@@ -10,7 +10,7 @@ use adit_tests::lab_tests;
 use adit_tests::process::Process;
 use adit_tests::proxy::ProxyKind;
 use adit_tests::world::{AGENT, PATIENCE, Setup, World, binary};
-use anyhow::{bail, ensure};
+use anyhow::{Context, bail, ensure};
 use tempfile::TempDir;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, interval};
@@ -52,16 +52,20 @@ async fn adit_rdp_starts_the_client() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The client's machine runs nothing of adit: who asked for the port sits behind the same NAT.
+/// The client's machine has nothing of adit: somebody else asked for the port, and named it.
 async fn a_screen_is_shown_through_the_redirector() -> anyhow::Result<()> {
-    let world = World::up(setup(NatKind::Cone).redirector()).await?;
+    let topology = Topology::new(NatKind::Cone, NatKind::Cone).stranger();
+    let world = World::up(Setup::new(topology).redirector()).await?;
+    let client = world.lab.stranger.as_ref().context("another machine")?;
     let service = RdpServer::start(&world.lab.agent.host).await?;
     let (data, target) = (world.data("technician"), format!("127.0.0.1:{PORT}"));
-    let redirect = world.technician(&["redirect", AGENT, &target, "--json", "--data", &data])?;
+    let source = client.address.to_string();
+    let redirect = ["redirect", AGENT, &target, "--source", &source, "--json", "--data", &data];
+    let redirect = world.technician(&redirect)?;
     let opened: serde_json::Value = serde_json::from_str(&redirect.finish(PATIENCE).await?.ok()?)?;
     let at: SocketAddr = opened["address"].as_str().unwrap_or_default().parse()?;
-    ensure!(at.ip() == world.lab.server.address, "{opened}");
-    shows(&world.lab.technician.host, at, &service).await?;
+    ensure!(at.ip() == world.lab.server.address && opened["source"] == source, "{opened}");
+    shows(client, at, &service).await?;
     let tier = world.agent.event(PATIENCE, "tier", 0, |event| Some(event["tier"].clone())).await?;
     ensure!(tier == "redirector", "{tier}");
     Ok(())

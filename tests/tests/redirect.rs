@@ -70,6 +70,11 @@ async fn a_port_leads_to_the_target_and_only_from_its_source() -> anyhow::Result
             .any(|line| line.contains("\"event\":\"opened\"") && line.contains("\"tier\":\"redirector\""))
     );
 
+    let logged =
+        |lines: &[String]| lines.iter().any(|line| line.contains("tier=\"redirector\"")).then_some(());
+    world.agent.error_output(PATIENCE, "the tier in the agent's log", logged).await?;
+    world.mediator.error_output(PATIENCE, "the tier in the server's log", logged).await?;
+
     // 5,000 a minute from elsewhere, and nothing of it arrives at the agent.
     let (counter, port) = counting(&world.lab.agent.host).await?;
     let opened = redirect(&world, &format!("127.0.0.1:{port}"), &[]).await?;
@@ -79,7 +84,7 @@ async fn a_port_leads_to_the_target_and_only_from_its_source() -> anyhow::Result
     let started = Instant::now();
     let answered = stranger.task(async move {
         let mut answered = 0;
-        let mut pace = tokio::time::interval(Duration::from_millis(12));
+        let mut pace = tokio::time::interval(Duration::from_millis(11));
         for _ in 0..500 {
             pace.tick().await;
             let Ok(mut tcp) = TcpStream::connect(at).await else { continue };
@@ -95,7 +100,7 @@ async fn a_port_leads_to_the_target_and_only_from_its_source() -> anyhow::Result
         counter.load(Ordering::Relaxed)
     );
     ensure!(
-        rate >= 4_900.0 && answered == 0 && counter.load(Ordering::Relaxed) == 1,
+        rate >= 5_000.0 && answered == 0 && counter.load(Ordering::Relaxed) == 1,
         "something got through"
     );
     // And the port is as it was.
@@ -436,6 +441,8 @@ async fn a_script_opens_a_port() -> anyhow::Result<()> {
         let (status, answer) = api(&token, "POST", "/api/v1/redirect", body).await?;
         ensure!(status == code && answer.contains(said), "{body}: {status} {answer}");
     }
+    let audit = std::fs::read_to_string(format!("{}/audit.jsonl", world.data("server")))?;
+    ensure!(audit.lines().any(|line| line.contains("\"grant\"") && line.contains("a port of ")), "{audit}");
     // Nobody without a token learns that there is an API.
     let server = world.data("server");
     for (token, path) in [

@@ -32,7 +32,7 @@ impl Pages {
     }
 
     pub(super) fn on_port(web: Arc<Web>, listener: TcpListener, parts: Parts) -> Self {
-        let (site, path) = Site::new(parts, None);
+        let (site, path) = web.on_port(parts);
         Self::OnPort { web, listener, site, path }
     }
 

@@ -138,7 +138,7 @@ impl Web {
         let label = site::secret();
         let host = format!("{label}.{}", domain.name);
         let own = if domain.port == 443 { host.clone() } else { format!("{host}:{}", domain.port) };
-        let (site, path) = Site::new(parts, HeaderValue::try_from(own).ok());
+        let (site, path) = Site::new(parts, HeaderValue::try_from(own).ok(), self.browsers.clone());
         self.sites().insert(label.clone(), site);
         Published { web: self.clone(), label, host, path }
     }
@@ -176,6 +176,11 @@ impl Web {
 
     fn lately(&self) -> MutexGuard<'_, HashMap<IpAddr, Instant>> {
         self.lately.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A site with a port of its own, and the path of its link.
+    pub(crate) fn on_port(&self, parts: Parts) -> (Arc<Site>, String) {
+        Site::new(parts, None, self.browsers.clone())
     }
 
     /// Serves one on a port that is a site's own.
@@ -292,21 +297,22 @@ impl Guest {
     }
 
     async fn answer(&self, mut request: Request<Incoming>) -> page::Answer {
-        if let Some(api) = &self.api {
-            let answer = api.answer(request, self.from, &|| self.admit()).await;
-            return answer.map_or_else(page::nothing, |answer| answer.map(Either::Right));
-        }
         let from = self.from.ip();
         let switching = asks_for_websocket(request.headers());
         let mut switch = switching.then(|| hyper::upgrade::on(&mut request));
-        let admitted =
-            self.site.as_ref().and_then(|site| Some((site, site.admit(&request, from, switching)?)));
-        let mut answer = match admitted {
-            Some((site, admitted)) => {
-                self.admit();
-                site.answer(request, admitted, from, &mut switch, &self.watch).await
+        let mut answer = match (&self.site, &self.api) {
+            (Some(site), _) => match site.admit(&request, from, switching) {
+                Some(admitted) => {
+                    self.admit();
+                    site.answer(request, admitted, from, &mut switch, &self.watch).await
+                }
+                None => page::nothing(),
+            },
+            (None, Some(api)) => {
+                let answer = api.answer(request, self.from, &|| self.admit()).await;
+                answer.map_or_else(page::nothing, |answer| answer.map(Either::Right))
             }
-            None => page::nothing(),
+            (None, None) => page::nothing(),
         };
         if let Some(switch) = switch {
             // It goes no further. What stands behind the wish was not looked at.

@@ -16,7 +16,7 @@ use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use tokio::io::copy_bidirectional;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
@@ -50,12 +50,14 @@ pub struct Site {
     sources: Mutex<Sources>,
     pub(super) closed: CancellationToken,
     pub(super) connections: Arc<Semaphore>,
+    /// Of all sessions, for WebSockets: they outlive the connections that they began as.
+    browsers: Arc<Semaphore>,
 }
 
 /// A request that may be answered.
 pub(super) enum Admitted {
-    /// It has shown the link.
-    Entered,
+    /// It has shown the link; whether for the first time.
+    Entered(bool),
     /// It has shown the cookie.
     Known {
         /// `HOST[:PORT]` as the browser knows it.
@@ -81,7 +83,11 @@ pub struct Parts {
 
 impl Site {
     /// `own`: its `HOST[:PORT]`, where it has a host name of its own. Returns the path of the link, too.
-    pub(crate) fn new(parts: Parts, own: Option<HeaderValue>) -> (Arc<Self>, String) {
+    pub(super) fn new(
+        parts: Parts,
+        own: Option<HeaderValue>,
+        browsers: Arc<Semaphore>,
+    ) -> (Arc<Self>, String) {
         let Parts { names, target, agent, path, source, exact } = parts;
         let link = format!("{OWN_PATH}{}", secret());
         let path = path.parse::<PathAndQuery>().ok().filter(|path| {
@@ -101,6 +107,7 @@ impl Site {
             sources: Mutex::new(Sources::new(source, exact)),
             closed: CancellationToken::new(),
             connections: Arc::new(Semaphore::new(CONNECTIONS)),
+            browsers,
         });
         (site, link)
     }
@@ -146,9 +153,9 @@ impl Site {
         let known = self.names.shown(headers).any(|shown| is_same(shown, &self.secret))
             && is_from_here(request.method(), headers, &public, switching);
         if request.uri().path().starts_with(OWN_PATH) {
-            self.enter(request, known)?;
+            let first = self.enter(request, known)?;
             self.pin(from);
-            return Some(Admitted::Entered);
+            return Some(Admitted::Entered(first));
         }
         if !known || self.names.outlives(headers) {
             return None;
@@ -166,7 +173,10 @@ impl Site {
         browser: &mut Option<OnUpgrade>,
         watch: &Arc<Watch>,
     ) -> Answer {
-        let Admitted::Known { public } = admitted else { return self.entered() };
+        let public = match admitted {
+            Admitted::Entered(first) => return self.entered(first),
+            Admitted::Known { public } => public,
+        };
         let switching = browser.is_some();
         if switching && (request.method() != Method::GET || !asks_to_switch(request.headers())) {
             return page::malformed();
@@ -191,9 +201,15 @@ impl Site {
         if let Err(Elsewhere(place)) = self.names.response(response.headers_mut(), &public, switched) {
             return page::elsewhere(asked.as_ref(), &self.agent, &self.target_name(), &place);
         }
-        if let Some(browser) = browser.take_if(|_| switched) {
+        if switched {
+            let Ok(place) = self.browsers.clone().try_acquire_owned() else {
+                let what = "the server has too many connections of browsers".to_owned();
+                return self.failed(asked.as_ref(), &Failure { leg: Leg::Agent, what, unreachable: true });
+            };
             let target = hyper::upgrade::on(&mut response);
-            tokio::spawn(pass(browser, target, watch.clone(), self.closed.clone()));
+            if let Some(browser) = browser.take() {
+                tokio::spawn(pass(browser, target, watch.clone(), self.closed.clone(), place));
+            }
             return response.map(|_| Either::Right(Full::default()));
         }
         response.map(Either::Left)
@@ -208,16 +224,18 @@ impl Site {
         format!("{}://{}/", self.names.scheme, self.names.authority.to_str().unwrap_or_default())
     }
 
-    /// Uses the link. It can be used once; the browser that has used it (`known`) may come back to it.
-    fn enter(&self, request: &Request<Incoming>, known: bool) -> Option<()> {
+    /// Uses the link. It can be used once; the browser that has used it (`known`) may come back to it. Whether it is the
+    /// first time.
+    fn enter(&self, request: &Request<Incoming>, known: bool) -> Option<bool> {
         // A browser that loads pages before anybody wants them must not use it up.
         let ahead =
             request.headers().contains_key("sec-purpose") || request.headers().contains_key("purpose");
         let right = request.method() == Method::GET && !ahead && is_same(request.uri().path(), &self.link);
-        (right && (self.fresh.swap(false, Ordering::AcqRel) || known)).then_some(())
+        let first = right && self.fresh.swap(false, Ordering::AcqRel);
+        (first || right && known).then_some(first)
     }
 
-    fn entered(&self) -> Answer {
+    fn entered(&self, first: bool) -> Answer {
         let mut answer = Response::new(Either::Right(Full::default()));
         *answer.status_mut() = StatusCode::SEE_OTHER;
         let headers = answer.headers_mut();
@@ -226,7 +244,7 @@ impl Site {
         headers.insert(SET_COOKIE, cookie.expect("a name and hexadecimal digits"));
         headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
         headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
-        if self.own.is_none() {
+        if first && self.own.is_none() {
             // Another session may have had this port before.
             headers.insert("clear-site-data", HeaderValue::from_static("\"cache\", \"storage\""));
         }
@@ -252,7 +270,13 @@ impl Site {
 }
 
 /// Passes bytes between both ends of a WebSocket.
-async fn pass(browser: OnUpgrade, target: OnUpgrade, watch: Arc<Watch>, closed: CancellationToken) {
+async fn pass(
+    browser: OnUpgrade,
+    target: OnUpgrade,
+    watch: Arc<Watch>,
+    closed: CancellationToken,
+    _place: OwnedSemaphorePermit,
+) {
     let passing = async {
         let (browser, target) = tokio::try_join!(browser, target).map_err(std::io::Error::other)?;
         watch.switched();

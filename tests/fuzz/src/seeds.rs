@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use adit_client::identity::certificate::{Subject, request};
+use adit_protocol::api::ApiToken;
 use adit_protocol::control::{
     AgentInfo, Agents, Answer, Candidates, Closed, Down, Grant, Hello, IceCredentials, List, LiveSession,
     Open, Probe, Probed, Reached, Redirect, Redirected, Refused, RelayTicket, RelayUp, Renew, Revocations,
@@ -192,7 +193,9 @@ pub(super) fn text() -> Vec<Vec<u8>> {
         secret: [0x22; 16],
         servers: vec!["adit.example.org:443".into(), "[2001:db8::1]:443".into()],
     };
-    let mut texts = vec![token.to_string()];
+    let bearer = ApiToken { device: DeviceId([7; 16]), issued: NOW - 10, expires: NOW + 10 };
+    let bearer = bearer.sign(&key(1).to_seed_and_public().expect("a key")).expect("signs");
+    let mut texts = vec![token.to_string(), bearer];
     texts.extend(
         [
             "127.0.0.1:3389",

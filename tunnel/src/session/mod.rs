@@ -570,8 +570,8 @@ impl Session {
     }
 
     /// Enlarges a stream's window when that helps and the budget has room: every stream that may still
-    /// be opened keeps its least, and no stream takes more than half of what is left. Who came first may have taken
-    /// most of it; once another is short of its equal share, those above theirs give it back as they are read.
+    /// be opened keeps its least, and beyond its equal share no stream takes more than half of what is left. Who came
+    /// first may have taken most of it; once another is short of its equal share, those above theirs give it back as they are read.
     fn grow_window(&mut self, id: StreamId) {
         let reserve = (self.config.max_streams.saturating_sub(self.streams.len())) as u64 * INITIAL_WINDOW;
         let room = self.config.budget.saturating_sub(reserve);
