@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use adit_client::identity::Peer;
+use adit_client::identity::verify::GRACE;
 use adit_client::known;
 use adit_client::place::Place;
 use adit_protocol::api::ApiToken;
@@ -43,8 +44,6 @@ const TIME: u64 = 600;
 
 /// How long a request's body may take.
 const BODY: Duration = Duration::from_secs(10);
-/// How long a certificate that has ended still counts, in seconds: a day, as on control channels.
-const GRACE: u64 = 24 * 60 * 60;
 /// Refusals of one device in an hour; each is a line of the audit log.
 const MAX_REFUSALS: u64 = 100;
 const HOUR: Duration = Duration::from_secs(60 * 60);
@@ -108,7 +107,8 @@ impl Api {
         ApiToken::verify(token, key_of, unix_now()).ok()?;
         let device = found?;
         let certificate = Peer::from_certificate(&device.certificate).ok()?;
-        if certificate.not_after + GRACE < unix_now() {
+        // As on control channels.
+        if certificate.not_after + GRACE.as_secs() < unix_now() {
             return None;
         }
         // What is sent there, nobody reads: there is no channel.

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::DeviceId;
 
-/// Longest token that is read, in bytes. A real one has about 260.
+/// Longest token that is read, in bytes. A real one has about 210.
 pub const MAX_API_TOKEN: usize = 1024;
 /// The longest time that one is good for, in seconds: 90 days.
 pub const MAX_API_SECONDS: u64 = 90 * 24 * 60 * 60;

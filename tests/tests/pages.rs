@@ -310,7 +310,16 @@ async fn on_a_server_without_a_domain_each_session_has_a_port() -> anyhow::Resul
     for site in [&a, &b] {
         let entered = jar.curl(technician, &["-i", &site.url(&site.link)]).await?.ok()?;
         ensure!(entered.starts_with("HTTP/1.1 303"), "{entered}");
+        // Another session may have had this port; what this one keeps stays when the browser comes back to the link.
+        ensure!(entered.contains("clear-site-data: \"cache\", \"storage\"\r\n"), "{entered}");
+        let again = jar.curl(technician, &["-i", &site.url(&site.link)]).await?.ok()?;
+        ensure!(again.starts_with("HTTP/1.1 303") && !again.contains("clear-site-data"), "{again}");
     }
+    // A worker would outlive its session.
+    let before = web.heads().len();
+    let worker =
+        jar.curl(technician, &["-i", "-H", "Service-Worker: script", &a.url("/worker.js")]).await?.ok()?;
+    ensure!(worker.starts_with("HTTP/1.1 404") && web.heads().len() == before, "{worker}");
     let set = jar.curl(technician, &["-i", &a.url("/cookies")]).await?.ok()?;
     ensure!(set.contains("-a=1; Path=/; Secure; HttpOnly\r\n") && !set.contains("evil"), "{set}");
     let page = jar.curl(technician, &[&a.url("/a")]).await?.ok()?;

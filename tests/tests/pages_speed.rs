@@ -125,9 +125,6 @@ async fn wrk(host: &Host, url: &str, cookie: &str) -> anyhow::Result<Load> {
     ]);
     let said = host.spawn(command)?.finish(Duration::from_secs(SECONDS + 20)).await?.ok()?;
     ensure!(!said.contains("Non-2xx") && !said.contains("Socket errors"), "{said}");
-    if std::env::var_os("ADIT_WRK").is_some() {
-        println!("{said}");
-    }
     let after = |word: &str| said.lines().find_map(|line| line.trim().strip_prefix(word).map(str::trim));
     let rate = after("Requests/sec:").and_then(|rate| rate.parse().ok()).with_context(|| said.clone())?;
     let p99 = after("99%").and_then(time).with_context(|| said.clone())?;

@@ -314,7 +314,7 @@ impl Redirector {
             exact: wanted.exact,
         };
         let (pages, port) = match self.web.domain() {
-            Some(domain) => (Pages::named(self.web.publish(domain, parts(None))), domain.port),
+            Some(domain) => (Pages::Named(self.web.publish(domain, parts(None))), domain.port),
             None => {
                 let (listener, port) = self.bind()?;
                 let label = site::secret();

@@ -27,10 +27,6 @@ pub(super) enum Pages {
 }
 
 impl Pages {
-    pub(super) fn named(published: Published) -> Self {
-        Self::Named(published)
-    }
-
     pub(super) fn on_port(web: Arc<Web>, listener: TcpListener, parts: Parts) -> Self {
         let (site, path) = web.on_port(parts);
         Self::OnPort { web, listener, site, path }

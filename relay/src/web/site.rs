@@ -34,6 +34,8 @@ const CONNECTIONS: usize = 256;
 /// One session's pages.
 pub struct Site {
     names: Names,
+    /// The target's, as the HTTP library wants it.
+    origin: (Scheme, Authority),
     target: WebTarget,
     /// For people.
     agent: String,
@@ -95,8 +97,12 @@ impl Site {
             path.as_str().starts_with('/') && !path.as_str()[1..].starts_with(['/', '\\'])
         });
         let first = path.and_then(|path| HeaderValue::from_str(path.as_str()).ok());
+        let scheme = if names.scheme == "https" { Scheme::HTTPS } else { Scheme::HTTP };
+        let authority =
+            Authority::try_from(names.authority.as_bytes()).expect("a host's characters, and a port");
         let site = Arc::new(Self {
             names,
+            origin: (scheme, authority),
             target,
             agent,
             own,
@@ -260,8 +266,7 @@ impl Site {
         switching: bool,
     ) -> Option<()> {
         let mut uri = http::uri::Parts::default();
-        uri.scheme = Some(if self.names.scheme == "https" { Scheme::HTTPS } else { Scheme::HTTP });
-        uri.authority = Some(Authority::try_from(self.names.authority.as_bytes()).ok()?);
+        (uri.scheme, uri.authority) = (Some(self.origin.0.clone()), Some(self.origin.1.clone()));
         uri.path_and_query = request.uri().path_and_query().cloned();
         *request.uri_mut() = Uri::from_parts(uri).ok()?;
         self.names.request(request.headers_mut(), public, from, switching);
@@ -351,6 +356,17 @@ fn asks_to_switch(headers: &HeaderMap) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_host_of_a_target_is_an_authority() {
+        for host in
+            ["a-b.c", "nas_1", "...", "-", "10.0.0.1", "::1", "fe80::1", "::ffff:192.0.2.1", &"a".repeat(253)]
+        {
+            let target = adit_protocol::Target::new(host, 8080, adit_protocol::Protocol::Tcp).expect(host);
+            let names = Names::new(false, target.host(), target.port, None);
+            assert!(Authority::try_from(names.authority.as_bytes()).is_ok(), "{host}");
+        }
+    }
 
     #[test]
     fn one_source_of_each_version() {
