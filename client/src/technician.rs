@@ -1,5 +1,6 @@
 //! The technician's side: lists agents and opens sessions with them.
 
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,8 +10,10 @@ use adit_protocol::control::{
 };
 use adit_protocol::{Target, Wanted};
 use adit_tunnel::session::End;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::sync::oneshot;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::control::maintain::State;
 use crate::exit::{Exit, Failure};
@@ -24,8 +27,9 @@ const CONNECT: Duration = Duration::from_secs(15);
 /// How long a redirector may take until its port is open: the agent and the target have to answer.
 const REDIRECTED: Duration = Duration::from_secs(30);
 
-/// How long the redirector's name may take to resolve.
-const RESOLVED: Duration = Duration::from_secs(3);
+/// How long the port's name may take to resolve, and the port to see from where this machine comes: less than
+/// [`adit_protocol::control::PROVING`], so that whoever uses it afterwards finds it ready.
+const SEEN: Duration = Duration::from_secs(3);
 
 /// A technician's device with its control channel.
 pub struct Technician {
@@ -92,7 +96,7 @@ impl Technician {
     }
 
     /// Asks for a port on the server that leads to `target`, for `time`, for connections from `source` only; without one,
-    /// from where this channel comes. With `web`, for pages in place of the port. It is open when this returns.
+    /// from where the port sees this machine. With `web`, for pages in place of the port. It is open when this returns.
     ///
     /// # Errors
     /// [`TechnicianError`].
@@ -104,6 +108,7 @@ impl Technician {
         time: Duration,
         web: Option<Web>,
     ) -> Result<RedirectedPort, TechnicianError> {
+        let proves = source.is_none() && web.is_none();
         let redirect = |request| {
             let source = source.map_or(String::new(), |ip| ip.to_string());
             let (agent, target) = (agent.to_owned(), target.to_string());
@@ -114,15 +119,17 @@ impl Technician {
                 source,
                 seconds: time.as_secs(),
                 web: web.clone(),
+                proves,
             })
         };
         match self.hub.request_within(REDIRECTED, redirect).await? {
-            Down::Redirected(mut redirected) => {
-                if redirected.link.is_empty() {
-                    redirected.address = reached_from(&redirected.source, redirected.address).await;
-                }
+            Down::Redirected(redirected) => {
                 let ended = self.hub.watch(&redirected.session);
-                Ok(RedirectedPort { redirected, ended })
+                let mut port = RedirectedPort { redirected, is_reached: true, ended };
+                if port.redirected.link.is_empty() {
+                    port.look().await;
+                }
+                Ok(port)
             }
             Down::Refused(refused) => Err(TechnicianError::refused(refused)),
             _ => Err(TechnicianError::Gone),
@@ -145,23 +152,65 @@ impl Technician {
 /// A port of the redirector.
 #[derive(Debug)]
 pub struct RedirectedPort {
-    /// Where it is, for whom, and until when.
+    /// Where it is, for whom (one address, or one of each IP version with a comma between), and until when.
     pub redirected: Redirected,
+    /// Whether this machine itself reaches it, as far as that was tried.
+    pub is_reached: bool,
     /// Why it was closed, when it is.
     pub ended: oneshot::Receiver<String>,
 }
 
-/// `HOST:PORT` such that whoever may use it comes from `source`: where the name has addresses of both IP versions, one of the
-/// source's. Programs would take the other one, and be turned away.
-async fn reached_from(source: &str, address: String) -> String {
-    let resolving = timeout(RESOLVED, tokio::net::lookup_host(address.clone()));
-    let (Ok(source), Ok(Ok(found))) = (source.parse::<IpAddr>(), resolving.await) else { return address };
-    let (fit, misfit): (Vec<SocketAddr>, Vec<SocketAddr>) =
-        found.partition(|address| address.is_ipv4() == source.is_ipv4());
-    match fit.first() {
-        Some(fit) if !misfit.is_empty() => fit.to_string(),
-        _ => address,
+impl RedirectedPort {
+    /// Shows the port from where this machine comes, where it waits for that; and finds an address of it that who may use it
+    /// reaches it by.
+    async fn look(&mut self) {
+        let Self { redirected, is_reached, .. } = self;
+        let started = Instant::now();
+        let resolving = timeout(SEEN, tokio::net::lookup_host(redirected.address.clone()));
+        let found: Vec<SocketAddr> =
+            resolving.await.map_or(vec![], |found| found.map_or(vec![], Iterator::collect));
+        if !redirected.proof.is_empty() {
+            let of = |is_ipv4: bool| found.iter().find(|address| address.is_ipv4() == is_ipv4).copied();
+            let by = started + SEEN;
+            let (v4, v6) = tokio::join!(
+                seen_at(of(true), &redirected.proof, by),
+                seen_at(of(false), &redirected.proof, by)
+            );
+            let seen: Vec<String> = v4.into_iter().chain(v6).map(|ip| ip.to_string()).collect();
+            *is_reached = !seen.is_empty();
+            if *is_reached {
+                redirected.source = seen.join(", ");
+            }
+        }
+        let (fit, misfit): (Vec<_>, Vec<_>) =
+            found.into_iter().partition(|address| may_come_by(&redirected.source, address.ip()));
+        // Programs would take the other one of a name's addresses, and be turned away.
+        if let Some(fit) = fit.first().filter(|_| !misfit.is_empty()) {
+            redirected.address = fit.to_string();
+        }
     }
+}
+
+/// From where this machine comes, in the words of the port there, which has `proof`'s twin.
+async fn seen_at(port: Option<SocketAddr>, proof: &[u8], by: Instant) -> Option<IpAddr> {
+    let port = port?;
+    let looking = async {
+        let mut tcp = TcpStream::connect(port).await?;
+        tcp.write_all(proof).await?;
+        let mut told = String::new();
+        // No address is longer.
+        tcp.take(45).read_to_string(&mut told).await?;
+        told.parse::<IpAddr>().map_err(io::Error::other)
+    };
+    let seen = timeout_at(by, looking).await.unwrap_or_else(|late| Err(late.into()));
+    seen.inspect_err(|error| tracing::debug!(%port, %error, "the port was not reached")).ok()
+}
+
+/// Whether one of these sources is of the IP version of `address`.
+fn may_come_by(sources: &str, address: IpAddr) -> bool {
+    sources
+        .split(", ")
+        .any(|source| source.parse::<IpAddr>().is_ok_and(|source| source.is_ipv4() == address.is_ipv4()))
 }
 
 /// Why the mediator did not do what was asked.

@@ -200,6 +200,7 @@ impl Api {
             source: wish.source,
             seconds: wish.ttl.unwrap_or(TIME),
             web: place.page.map(|page| page.wanted(certificate)),
+            proves: false,
         };
         match self.broker.redirected(channel, &redirect).await {
             Ok(opened) => {

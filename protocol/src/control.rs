@@ -4,6 +4,8 @@
 //! Unknown fields and unknown messages are ignored, so that a device two years old still talks to a
 //! new mediator. Ids are 16 bytes, keys 32, times seconds since 1970-01-01 UTC.
 
+use std::time::Duration;
+
 use prost::{Message, Oneof};
 
 /// Largest control message, in bytes.
@@ -399,6 +401,9 @@ pub struct Redirect {
     /// Pages for a browser instead of a port: the answer has a link.
     #[prost(message, optional, tag = "6")]
     pub web: Option<Web>,
+    /// The technician will show the redirector's port itself from where it sees him: see [`Redirected::proof`].
+    #[prost(bool, tag = "7")]
+    pub proves: bool,
 }
 
 /// What a redirector shows browsers of a target that speaks HTTP/1.1.
@@ -443,7 +448,17 @@ pub struct Redirected {
     /// SHA-256 of the target's certificate (DER, 32 bytes), when it speaks TLS.
     #[prost(bytes = "vec", tag = "7")]
     pub certificate: Vec<u8>,
+    /// What shows the port, as the first [`PROOF`] bytes of a connection, the source that it is for in place of the one that the
+    /// mediator sees: one of each IP version, within [`PROVING`]. The answer is that source's address as text, and the end.
+    #[prost(bytes = "vec", tag = "8")]
+    pub proof: Vec<u8>,
 }
+
+/// Length of [`Redirected::proof`], in bytes.
+pub const PROOF: usize = 16;
+
+/// How long a port takes [`Redirected::proof`], from when it is open.
+pub const PROVING: Duration = Duration::from_secs(4);
 
 /// See [`Down::Serve`].
 #[derive(Clone, PartialEq, Message)]
@@ -466,6 +481,9 @@ pub struct Serve {
     /// See [`Redirect::web`].
     #[prost(message, optional, tag = "6")]
     pub web: Option<Web>,
+    /// See [`Redirect::proves`].
+    #[prost(bool, tag = "7")]
+    pub proves: bool,
 }
 
 /// See [`Up::Served`].
@@ -492,6 +510,9 @@ pub struct Served {
     /// See [`Redirected::certificate`].
     #[prost(bytes = "vec", tag = "7")]
     pub certificate: Vec<u8>,
+    /// See [`Redirected::proof`].
+    #[prost(bytes = "vec", tag = "8")]
+    pub proof: Vec<u8>,
 }
 
 /// See [`Up::Tier`].

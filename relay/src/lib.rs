@@ -15,6 +15,7 @@
 //! | `pool`, `pipe` | pipes and buffers, lent while bytes are on the way |
 //! | [`redirector`] | ports and pages that lead to agents, for technicians with nothing installed |
 //! | [`web`] | how browsers get those pages |
+//! | `sources` | from where either may be used |
 //! | [`certificates`] | what a server shows browsers |
 //! | [`metrics`], [`diagnostics`] | what is counted, and the HTTP server that shows it |
 //! | [`listen`], `holder`, [`stun`] | a server's sockets; who has a port that is taken; its STUN server |
@@ -47,6 +48,7 @@ mod pool;
 pub mod redirector;
 pub mod run;
 pub mod server;
+mod sources;
 pub mod stun;
 pub mod upgrade;
 pub mod web;

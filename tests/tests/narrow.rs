@@ -20,6 +20,7 @@ lab_tests!(
     behind_tinyproxy,
     behind_tinyproxy_with_a_password,
     a_proxy_that_says_no_is_quoted,
+    the_flag_then_the_file_then_the_environment,
     a_proxy_that_opens_tls_is_named,
     all_but_443_is_blocked_in_mid_session,
     a_firewall_that_takes_8002_and_lets_nothing_through,
@@ -104,6 +105,47 @@ async fn a_proxy_that_says_no_is_quoted() -> anyhow::Result<()> {
     let list = world.technician(&["ls", "--data", &world.data("technician")])?.finish(PATIENCE).await?;
     println!("{}", list.stderr.trim());
     ensure!(list.code == 4 && list.stderr.contains("does not get through: 503"), "{list:?}");
+    Ok(())
+}
+
+/// Which proxy is taken.
+async fn the_flag_then_the_file_then_the_environment() -> anyhow::Result<()> {
+    // The environment has one that works.
+    let world = World::up(Setup::behind(ProxyKind::Tinyproxy)).await?;
+    let right = world.proxy.as_ref().context("a proxy")?.url.clone();
+    // Nobody is there.
+    let wrong = "127.0.0.1:9";
+    let (data, host) = (world.data("technician"), &world.lab.technician.host);
+    let file = format!("{data}/config.toml");
+    let list = async |flag: &[&str]| {
+        let list = [&["ls", "--data", &data], flag].concat();
+        world.technician(&list)?.finish(PATIENCE).await
+    };
+    let named = |proxy: &str| format!("[network]\nproxy = {proxy:?}\n");
+
+    ensure!(list(&[]).await?.code == 0, "the environment's alone");
+    std::fs::write(&file, named(&format!("http://{wrong}")))?;
+    let finished = list(&[]).await?;
+    println!("{}", finished.stderr.trim());
+    ensure!(
+        finished.code == 4 && finished.stderr.contains(wrong),
+        "the file's before the environment's: {finished:?}"
+    );
+    ensure!(list(&["--proxy", &right]).await?.code == 0, "the flag's before the file's");
+
+    host.set_env("HTTPS_PROXY", &format!("http://{wrong}"));
+    let finished = list(&["--proxy", &right]).await?;
+    ensure!(finished.code == 0, "the flag's before the environment's: {finished:?}");
+    std::fs::write(&file, named(&right))?;
+    ensure!(list(&[]).await?.code == 0, "the file's before the environment's");
+    let finished = list(&["--proxy", "none"]).await?;
+    ensure!(finished.code == 5 && !finished.stderr.contains("proxy"), "none is none: {finished:?}");
+    std::fs::write(&file, "")?;
+    ensure!(list(&[]).await?.code == 4, "the environment's where nothing else is said");
+    host.set_env("NO_PROXY", &world.lab.server.address.to_string());
+    let finished = list(&[]).await?;
+    println!("{}", finished.stderr.trim());
+    ensure!(finished.code == 5 && !finished.stderr.contains("proxy"), "NO_PROXY: {finished:?}");
     Ok(())
 }
 

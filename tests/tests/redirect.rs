@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use adit_tests::lab::{Host, NatKind, Topology};
 use adit_tests::process::Finished;
+use adit_tests::proxy::{ProxyKind, ProxyServer};
 use adit_tests::traffic::{TransferServer, download, upload};
 use adit_tests::world::{AGENT, PATIENCE, Setup, World};
 use adit_tests::{lab_tests, poll, within};
@@ -19,6 +20,7 @@ use tokio::net::{TcpListener, TcpStream};
 lab_tests!(
     a_port_leads_to_the_target_and_only_from_its_source,
     a_port_of_a_relay_elsewhere,
+    the_source_is_the_one_that_the_port_sees,
     a_port_closes_at_the_end_of_its_time,
     without_permission_there_is_no_port,
     what_cannot_be_opened_is_said_in_a_line,
@@ -128,6 +130,37 @@ async fn a_port_of_a_relay_elsewhere() -> anyhow::Result<()> {
     println!("{opened}");
     ensure!(address(&opened)?.ip() == world.lab.relays[0].address, "{opened}");
     download(&world.lab.technician.host, address(&opened)?, 1, BYTES, DEADLINE).await.map(drop)
+}
+
+/// The control channel comes from a proxy, and the connections to the port do not.
+async fn the_source_is_the_one_that_the_port_sees() -> anyhow::Result<()> {
+    let topology = Topology::new(NatKind::Cone, NatKind::Cone).stranger();
+    let world = World::up(Setup::new(topology).redirector()).await?;
+    let elsewhere = world.lab.stranger.as_ref().context("a host for the proxy")?;
+    let proxy = ProxyServer::start(elsewhere, ProxyKind::Tinyproxy).await?;
+    let transfers = TransferServer::start(&world.lab.agent.host).await?;
+    let target = format!("127.0.0.1:{}", transfers.port);
+    let opened = redirect(&world, &target, &["--proxy", &proxy.url]).await?;
+    println!("{opened}");
+    ensure!(opened["source"] == world.lab.technician.public_address()?.to_string(), "{opened}");
+    download(&world.lab.technician.host, address(&opened)?, 1, BYTES, DEADLINE).await?;
+    ensure!(
+        download(elsewhere, address(&opened)?, 1, 1, DEADLINE).await.is_err(),
+        "the mediator's view counts, too"
+    );
+
+    // Where the machine does not reach the port, it is said at once, and the mediator's view counts.
+    world.lab.technician.forbid_tcp(world.lab.server.address, &["49152-65535"])?;
+    let refused = try_redirect(&world, &target, &["--proxy", &proxy.url]).await?;
+    println!("{}", refused.stderr);
+    ensure!(refused.stderr.contains("does not reach the server's port") && refused.code == 0, "{refused:?}");
+    let opened: Value = serde_json::from_str(&refused.ok()?)?;
+    ensure!(opened["source"] == elsewhere.address.to_string(), "{opened}");
+    poll(PATIENCE, "the mediator's view to count", async || {
+        download(elsewhere, address(&opened).ok()?, 1, 1, DEADLINE).await.ok()
+    })
+    .await?;
+    Ok(())
 }
 
 async fn a_port_closes_at_the_end_of_its_time() -> anyhow::Result<()> {
@@ -315,10 +348,19 @@ async fn a_local_port_leads_to_the_redirector() -> anyhow::Result<()> {
 /// UDP and the relay blocked at the technician's: the session fails unless both permit the redirector, and then both
 /// hear of it.
 async fn row_20_the_redirector_is_the_last_tier_and_never_a_silent_one() -> anyhow::Result<()> {
-    for permitted in [false, true] {
+    for (granted, permitted, missing) in
+        [(false, false, "--redirector"), (true, false, "[agent] redirector = true"), (true, true, "nothing")]
+    {
         let topology = Topology::new(NatKind::UdpBlocked, NatKind::UdpBlocked).relays(1);
         let setup = Setup::new(topology).bare_mediator();
-        let world = World::up(if permitted { setup.redirector() } else { setup }).await?;
+        let mut world = World::up(if granted { setup.redirector() } else { setup }).await?;
+        if granted && !permitted {
+            let file = format!("{}/config.toml", world.data("agent"));
+            let config = std::fs::read_to_string(&file)?;
+            std::fs::write(&file, config.replace("redirector = true", "redirector = false"))?;
+            world.agent.kill().await?;
+            world.restart_agent().await?;
+        }
         let relay = world.lab.relays[0].address;
         world.lab.technician.forbid_tcp(relay, &[443, 8002])?;
         let transfers = TransferServer::start(&world.lab.agent.host).await?;
@@ -330,9 +372,10 @@ async fn row_20_the_redirector_is_the_last_tier_and_never_a_silent_one() -> anyh
         if !permitted {
             let finished = forward.finish(DEADLINE).await?;
             println!("{}", finished.stderr);
-            ensure!(finished.code == 5 && finished.stderr.contains("--redirector"), "{finished:?}");
+            ensure!(finished.code == 5 && finished.stderr.contains(missing), "{finished:?}");
             ensure!(!finished.stdout.contains("\"tier\""), "{finished:?}");
             ensure!(audit()?.lines().any(|line| line.contains("\"refused\"") && line.contains("redirector")));
+            ensure!(!audit()?.lines().any(|line| line.contains("\"opened\"")));
             continue;
         }
         let tier = forward.event(DEADLINE, "tier", 0, |event| Some(event.clone())).await?;

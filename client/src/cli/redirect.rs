@@ -18,6 +18,10 @@ use crate::known::{self, Known, fingerprint};
 use crate::place::Place;
 use crate::technician::Technician;
 
+/// What is said when this machine does not reach the port that was opened for it.
+pub(super) const UNREACHED: &str =
+    "this machine does not reach the server's port: is TCP to such ports blocked here";
+
 /// Open a port or pages on the server that lead to a target beside an agent: for machines without adit.
 ///
 /// The server is an end of the session and can read what passes, so policy and agent must both permit it. A port takes
@@ -35,7 +39,7 @@ pub(super) struct Redirect {
     /// server's.
     #[arg(value_name = "rdp|ssh|http|https|HOST:PORT|URL")]
     target: Place,
-    /// The address from which it may be used [default: the one from which the server sees this device]
+    /// The address from which it may be used [default: the one from which the port sees this machine]
     #[arg(long, value_name = "IP")]
     source: Option<IpAddr>,
     /// For how long: 30s, 10m, 2h.
@@ -90,7 +94,8 @@ impl Redirect {
         let before = if tls { known.of(&agent, &target.to_string()).map_err(wrong)? } else { None };
         let expected = self.certificate.or(before);
         let web = page.as_ref().map(|page| page.wanted(expected));
-        let opened = technician.redirect(&self.agent, target, self.source, self.ttl, web).await?.redirected;
+        let port = technician.redirect(&self.agent, target, self.source, self.ttl, web).await?;
+        let (opened, is_reached) = (port.redirected, port.is_reached);
         let shown = <[u8; 32]>::try_from(&opened.certificate[..]).ok();
         if page.is_some() && opened.link.is_empty()
             || tls && (shown.is_none() || expected.is_some() && expected != shown)
@@ -107,6 +112,9 @@ impl Redirect {
             fs::write(file, text).map_err(|error| CliError::Write { file: file.clone(), error })?;
         }
         self.tell(&opened);
+        if !is_reached {
+            complain(&format!("{UNREACHED}; for another machine give its address (--source)"));
+        }
         if let Some(shown) = shown.filter(|_| before != shown) {
             known.note(&agent, &target.to_string(), &shown).map_err(wrong)?;
             let is = if expected.is_some() { "is known from now on" } else { "was seen for the first time" };

@@ -9,6 +9,7 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 
 use super::launch::{self, Launch};
+use super::redirect::UNREACHED;
 use super::technician::SessionArgs;
 use super::{CliError, Failed, signals};
 use crate::events::{Event, Events, complain};
@@ -79,6 +80,9 @@ async fn serve_all(
     for (listener, target) in listeners.into_iter().zip(targets) {
         let port = technician.redirect(agent, &target, None, TIME, None).await?;
         let address = port.redirected.address.clone();
+        if !port.is_reached {
+            complain(UNREACHED);
+        }
         let traffic = Arc::<Traffic>::default();
         if let Ok(session) = SessionId::try_from(&port.redirected.session[..]) {
             let (peer, remote, since) = (agent.to_owned(), address.clone(), SystemTime::now());

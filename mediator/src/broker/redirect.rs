@@ -239,6 +239,7 @@ impl Broker {
             source: source.to_string(),
             seconds,
             web: wanted.web.clone().map(|web| Web { exact: !wanted.source.is_empty(), ..web }),
+            proves: wanted.proves && wanted.source.is_empty(),
             ..Serve::default()
         };
         let denied = match self.order(&session, &relay, &server, &agent_channel, order).await {
@@ -264,6 +265,7 @@ impl Broker {
                     expires,
                     link,
                     certificate: served.certificate,
+                    proof: served.proof,
                 });
             }
             // One that knows no pages has opened a port.

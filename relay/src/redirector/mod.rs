@@ -22,7 +22,7 @@ use adit_client::identity::revocation::Revocations;
 use adit_client::session::{self, Parts, SessionEvent};
 use adit_client::tunnel::{StreamError, Tunnel};
 use adit_client::via::Via;
-use adit_protocol::control::{Down, RelayTicket, Serve, Served, Up, Web as Wanted};
+use adit_protocol::control::{Down, PROOF, RelayTicket, Serve, Served, Up, Web as Wanted};
 use adit_protocol::frame::ResetCode;
 use adit_protocol::{DeviceId, SessionId, Target};
 use adit_tunnel::session::End;
@@ -252,7 +252,7 @@ impl Redirector {
             }
             match &serve.web {
                 Some(web) => self.open_pages(tunnel.clone(), &target, source, agent, web).await,
-                None => self.open_port(&tunnel, &target, source).await,
+                None => self.open_port(&tunnel, &target, source, serve.proves).await,
             }
         };
         let opened = timeout(OPENED, opening).await.unwrap_or_else(|_| {
@@ -278,6 +278,7 @@ impl Redirector {
         tunnel: &Tunnel,
         target: &Target,
         source: IpAddr,
+        proves: bool,
     ) -> Result<(Door, Served), NotOpened> {
         // Said now, and not when somebody has connected and finds nothing there.
         let failed = |error: StreamError| {
@@ -286,8 +287,13 @@ impl Redirector {
         };
         tunnel.open(target).await.map_err(failed)?.opened().await.map_err(failed)?;
         let (listener, port) = self.bind()?;
-        let served = Served { port: port.into(), ..Served::default() };
-        Ok((Door::Port(Port::new(listener, target.clone(), source)), served))
+        let proof = proves.then(rand::random::<[u8; PROOF]>);
+        let served = Served {
+            port: port.into(),
+            proof: proof.map(Vec::from).unwrap_or_default(),
+            ..Served::default()
+        };
+        Ok((Door::Port(Port::new(listener, target.clone(), source, proof)), served))
     }
 
     async fn open_pages(

@@ -1,4 +1,7 @@
 //! A TCP port that leads to a target: for any program, from one source, one connection at a time.
+//!
+//! The source is an address, or the one from which the technician's own program shows a secret at the port itself: the mediator
+//! may see another one, when it is elsewhere or reached through a proxy.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -10,16 +13,22 @@ use adit_client::copy::{abort, copy};
 use adit_client::dial::tune;
 use adit_client::tunnel::Tunnel;
 use adit_protocol::Target;
+use adit_protocol::control::{PROOF, PROVING};
+use aws_lc_rs::constant_time::verify_slices_are_equal;
 use prometheus_client::metrics::counter::Counter;
 use socket2::{SockRef, Socket};
+use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
 use crate::listen;
-use crate::penalty::network;
+use crate::sources::{Sources, version};
 
 /// How long a second connection from the right source waits for the first one's end.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Strangers who may try to show a proof at once.
+const READING: usize = 8;
 /// Data that a client does not acknowledge for this long ends its connection.
 #[cfg(target_os = "linux")]
 const UNACKNOWLEDGED: Duration = Duration::from_secs(30);
@@ -28,15 +37,23 @@ const UNACKNOWLEDGED: Duration = Duration::from_secs(30);
 pub(super) struct Port {
     listener: TcpListener,
     target: Target,
-    source: IpAddr,
+    sources: Sources,
+    proving: Option<Proving>,
     client: Option<Client>,
     /// Who comes while another is here waits for a moment: programs close a connection and open the next at once.
     next: Option<(TcpStream, Instant)>,
 }
 
 impl Port {
-    pub(super) fn new(listener: TcpListener, target: Target, source: IpAddr) -> Self {
-        Self { listener, target, source: network(source), client: None, next: None }
+    /// `source` may use it, or in its place who shows the proof.
+    pub(super) fn new(
+        listener: TcpListener,
+        target: Target,
+        source: IpAddr,
+        proof: Option<[u8; PROOF]>,
+    ) -> Self {
+        let sources = Sources::new(source, true);
+        Self { listener, target, sources, proving: proof.map(Proving::new), client: None, next: None }
     }
 
     /// Serves it for as long as this is awaited.
@@ -48,7 +65,8 @@ impl Port {
                 self.client = Some(Client::new(tcp, tunnel.clone(), self.target.clone()));
             }
             let waits = self.next.as_ref().map(|(_, until)| *until);
-            let (client, next) = (&mut self.client, &mut self.next);
+            let (client, next, proving) = (&mut self.client, &mut self.next, &mut self.proving);
+            let proves = proving.is_some();
             tokio::select! {
                 // Whoever floods the port does not hold up the one connection.
                 biased;
@@ -59,8 +77,19 @@ impl Port {
                         abort(&tcp);
                     }
                 }
+                shown = async { proving.as_mut().expect("checked").shown(turned_away).await }, if proves => match shown {
+                    Some((tcp, from)) => {
+                        self.sources.prove(from);
+                        tell(tcp, from);
+                    }
+                    None => *proving = None,
+                },
                 (tcp, from) = listen::accept(&self.listener) => {
-                    if network(from.ip()) == self.source {
+                    let from = from.ip().to_canonical();
+                    let awaited = proving.as_mut().filter(|proving| proving.awaits(from));
+                    if let Some(proving) = awaited {
+                        proving.read(tcp, from, self.sources.has(from), turned_away);
+                    } else if self.sources.has(from) {
                         prepare(&tcp);
                         if let Some((older, _)) = next.replace((tcp, Instant::now() + PATIENCE)) {
                             turned_away.inc();
@@ -75,6 +104,67 @@ impl Port {
             }
         }
     }
+}
+
+/// The time in which the technician's program shows from where it comes.
+struct Proving {
+    proof: [u8; PROOF],
+    until: Instant,
+    /// By IP version: somebody has.
+    done: [bool; 2],
+    /// Those who may be about to, and whether they have.
+    reading: JoinSet<(TcpStream, IpAddr, bool)>,
+}
+
+impl Proving {
+    fn new(proof: [u8; PROOF]) -> Self {
+        Self { proof, until: Instant::now() + PROVING, done: [false; 2], reading: JoinSet::new() }
+    }
+
+    fn awaits(&self, from: IpAddr) -> bool {
+        !self.done[version(from)]
+    }
+
+    /// `likely`: from there he was seen elsewhere, so that strangers leave a place for him.
+    fn read(&mut self, mut tcp: TcpStream, from: IpAddr, likely: bool, turned_away: &Counter) {
+        if self.reading.len() >= READING && !likely {
+            turned_away.inc();
+            return abort(&tcp);
+        }
+        let proof = self.proof;
+        self.reading.spawn(async move {
+            let mut shown = [0; PROOF];
+            let read = tcp.read_exact(&mut shown).await;
+            let is_right = read.is_ok() && verify_slices_are_equal(&shown, &proof).is_ok();
+            (tcp, from, is_right)
+        });
+    }
+
+    /// The next one who has shown it. `None`: nobody can any more.
+    async fn shown(&mut self, turned_away: &Counter) -> Option<(TcpStream, IpAddr)> {
+        while self.done != [true; 2] {
+            tokio::select! {
+                () = sleep_until(self.until) => return None,
+                Some(read) = self.reading.join_next() => match read {
+                    Ok((tcp, from, true)) if self.awaits(from) => {
+                        self.done[version(from)] = true;
+                        return Some((tcp, from));
+                    }
+                    Ok((tcp, ..)) => {
+                        turned_away.inc();
+                        abort(&tcp);
+                    }
+                    Err(_) => {}
+                },
+            }
+        }
+        None
+    }
+}
+
+/// Where he comes from. So few bytes fit in any new connection's buffer.
+fn tell(tcp: TcpStream, from: IpAddr) {
+    let _ = tcp.try_write(from.to_string().as_bytes());
 }
 
 /// The one connection.
@@ -110,5 +200,64 @@ async fn pass(tcp: TcpStream, tunnel: Tunnel, target: Target) {
     let Ok(stream) = tunnel.open(&target).await else { return abort(&tcp) };
     if let Err(error) = copy(tcp, stream).await {
         tracing::debug!(%error, "a redirected connection broke");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncWriteExt;
+    use tokio::time::timeout;
+
+    const PROVED: [u8; PROOF] = [7; PROOF];
+    const SHORT: Duration = Duration::from_millis(100);
+
+    /// Both ends of a connection on which this was said.
+    async fn saying(bytes: &[u8]) -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let mut near = TcpStream::connect(listener.local_addr().expect("bound")).await.expect("connected");
+        near.write_all(bytes).await.expect("room");
+        (near, listener.accept().await.expect("a connection").0)
+    }
+
+    #[tokio::test]
+    async fn the_first_who_shows_the_proof_is_the_source_of_his_version() {
+        let (mut proving, counter) = (Proving::new(PROVED), Counter::default());
+        let (right, wrong) = (IpAddr::from([192, 0, 2, 1]), IpAddr::from([192, 0, 2, 66]));
+        let mut kept = Vec::new();
+        for stranger in [&[8; PROOF][..], b"GET / HTTP/1.1\r\n\r\n", &PROVED[1..]] {
+            let (near, far) = saying(stranger).await;
+            proving.read(far, wrong, false, &counter);
+            kept.push(near);
+        }
+        assert!(timeout(SHORT, proving.shown(&counter)).await.is_err(), "a stranger");
+        assert_eq!(counter.get(), 2, "the third has not said all");
+        for _ in 0..2 {
+            let (near, far) = saying(&PROVED).await;
+            proving.read(far, right, false, &counter);
+            kept.push(near);
+        }
+        assert_eq!(proving.shown(&counter).await.expect("shown").1, right);
+        assert!(!proving.awaits(wrong) && proving.awaits("2001:db8::1".parse().expect("an address")));
+        assert!(timeout(SHORT, proving.shown(&counter)).await.is_err(), "once");
+        drop(kept);
+    }
+
+    #[tokio::test]
+    async fn strangers_that_wait_leave_a_place_for_the_likely_one_and_time_ends_it() {
+        let (mut proving, counter) = (Proving::new(PROVED), Counter::default());
+        let (right, wrong) = (IpAddr::from([192, 0, 2, 1]), IpAddr::from([192, 0, 2, 66]));
+        let mut kept = Vec::new();
+        for _ in 0..READING + 3 {
+            let (near, far) = saying(b"").await;
+            proving.read(far, wrong, false, &counter);
+            kept.push(near);
+        }
+        assert_eq!((counter.get(), proving.reading.len()), (3, READING));
+        let (_near, far) = saying(&PROVED).await;
+        proving.read(far, right, true, &counter);
+        assert_eq!(proving.shown(&counter).await.expect("shown").1, right);
+        proving.until = Instant::now();
+        assert!(proving.shown(&counter).await.is_none(), "its time is over");
     }
 }

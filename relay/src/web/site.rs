@@ -24,7 +24,7 @@ use super::guarded::Watch;
 use super::headers::{Elsewhere, Names, is_from_here};
 use super::page::{self, Answer};
 use super::target::{Failure, Leg, WebTarget};
-use crate::penalty::network;
+use crate::sources::Sources;
 
 /// Below this all is the redirector's own; the target never sees it.
 const OWN_PATH: &str = "/.adit/";
@@ -135,7 +135,7 @@ impl Site {
 
     /// The networks of the one that it is for, as far as they are known.
     pub(super) fn networks(&self) -> Vec<IpAddr> {
-        self.sources.lock().unwrap_or_else(PoisonError::into_inner).pinned.into_iter().flatten().collect()
+        self.sources.lock().unwrap_or_else(PoisonError::into_inner).known().collect()
     }
 
     /// Somebody from there has shown a secret of it: nobody else of that IP version may from here on.
@@ -295,39 +295,6 @@ async fn pass(
     }
 }
 
-/// The addresses that may ask: one of each IP version, because a browser takes either. An IPv6 one is a /64.
-struct Sources {
-    pinned: [Option<IpAddr>; 2],
-    exact: bool,
-}
-
-impl Sources {
-    fn new(source: IpAddr, exact: bool) -> Self {
-        let mut sources = Self { pinned: [None; 2], exact };
-        sources.pinned[version(source)] = Some(network(source));
-        sources
-    }
-
-    fn may(&self, from: IpAddr) -> bool {
-        match self.pinned[version(from)] {
-            Some(pinned) => pinned == network(from),
-            None => !self.exact,
-        }
-    }
-
-    fn has(&self, from: IpAddr) -> bool {
-        self.pinned[version(from)] == Some(network(from))
-    }
-
-    fn pin(&mut self, from: IpAddr) {
-        self.pinned[version(from)].get_or_insert(network(from));
-    }
-}
-
-fn version(ip: IpAddr) -> usize {
-    usize::from(ip.to_canonical().is_ipv6())
-}
-
 /// 128 bits that nobody can guess.
 pub(crate) fn secret() -> String {
     format!("{:032x}", rand::random::<u128>())
@@ -366,22 +333,5 @@ mod tests {
             let names = Names::new(false, target.host(), target.port, None);
             assert!(Authority::try_from(names.authority.as_bytes()).is_ok(), "{host}");
         }
-    }
-
-    #[test]
-    fn one_source_of_each_version() {
-        let ip = |text: &str| text.parse::<IpAddr>().expect("an address");
-        let mut sources = Sources::new(ip("192.0.2.1"), false);
-        assert!(
-            sources.may(ip("192.0.2.1"))
-                && sources.may(ip("::ffff:192.0.2.1"))
-                && !sources.may(ip("192.0.2.2"))
-        );
-        assert!(sources.may(ip("2001:db8::1")) && !sources.has(ip("2001:db8::1")));
-        sources.pin(ip("2001:db8::1"));
-        sources.pin(ip("2001:db8:1::1"));
-        assert!(sources.may(ip("2001:db8::2")) && !sources.may(ip("2001:db8:1::1")));
-        let exact = Sources::new(ip("2001:db8::1"), true);
-        assert!(exact.may(ip("2001:db8::ffff")) && !exact.may(ip("192.0.2.1")));
     }
 }

@@ -323,6 +323,7 @@ pub(super) fn control() -> Vec<Vec<u8>> {
             source: "2001:db8::1".into(),
             seconds: 600,
             web: web(),
+            proves: true,
         }),
         Up::Served(Served {
             request: 4,
@@ -330,6 +331,7 @@ pub(super) fn control() -> Vec<Vec<u8>> {
             host: "label.r.example".into(),
             path: "/.adit/1".into(),
             certificate: vec![7; 32],
+            proof: vec![8; 16],
             ..Default::default()
         }),
     ];
@@ -348,6 +350,7 @@ pub(super) fn control() -> Vec<Vec<u8>> {
             source: "192.0.2.9".into(),
             seconds: 600,
             web: web(),
+            proves: true,
         }),
         Down::Redirected(Redirected {
             request: 4,
@@ -357,6 +360,7 @@ pub(super) fn control() -> Vec<Vec<u8>> {
             expires: NOW,
             link: "https://label.r.example/.adit/1".into(),
             certificate: vec![7; 32],
+            proof: vec![8; 16],
         }),
         Down::Candidates(Candidates { session: id(), candidates: vec![], seen: "192.0.2.9:40000".into() }),
         Down::Closed(Closed { session: id(), reason: "revoked".into(), ..Default::default() }),

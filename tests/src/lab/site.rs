@@ -125,8 +125,8 @@ impl Site {
     }
 
     /// From now on no TCP passes to these ports of this host.
-    pub fn forbid_tcp(&self, host: Ipv4Addr, ports: &[u16]) -> anyhow::Result<()> {
-        let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
+    pub fn forbid_tcp(&self, host: Ipv4Addr, ports: &[impl ToString]) -> anyhow::Result<()> {
+        let ports: Vec<String> = ports.iter().map(ToString::to_string).collect();
         self.forbid("adit_ports", &format!("ip daddr {host} tcp dport {{ {} }} drop", ports.join(", ")))
     }
 
