@@ -16,7 +16,7 @@ use tracing::{debug, warn};
 
 use crate::control::hello;
 use crate::control::maintain::{Control, NotConnected, State, maintain};
-use crate::direct::DirectEndpoint;
+use crate::direct::{DirectEndpoint, StunServers};
 use crate::identity::Live;
 use crate::identity::revocation::Revocations;
 use crate::probe;
@@ -207,7 +207,7 @@ impl Hub {
             via,
             control: self.control.clone(),
             direct: if via.wants_direct() { self.direct_endpoint(&welcome) } else { None },
-            stun: welcome.stun.clone(),
+            stun: StunServers::of(&welcome),
             downs,
             grant,
         });

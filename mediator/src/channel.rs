@@ -175,6 +175,7 @@ fn welcome(device: &Device, broker: &Broker) -> Welcome {
         protocol_version: PROTOCOL_VERSION,
         software: concat!("adit-mediator ", env!("CARGO_PKG_VERSION")).to_owned(),
         name: device.name.clone(),
+        mediator_stun: greeting.stun.len() as u32,
         stun,
         p2p_ports: greeting.p2p_ports.clone(),
         ticket_key: if device.role == Role::Relay { greeting.ticket_key.to_vec() } else { vec![] },

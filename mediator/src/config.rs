@@ -245,7 +245,7 @@ fn is_range(text: &str) -> bool {
 
 impl Default for Listen {
     fn default() -> Self {
-        let all = |port| SocketAddr::from(([0, 0, 0, 0], port));
+        let all = |port| SocketAddr::from(([0; 16], port));
         Self {
             udp: all(adit_protocol::DEFAULT_RELAY_PORT),
             relay: all(adit_protocol::DEFAULT_RELAY_PORT),

@@ -38,8 +38,8 @@ pub struct End {
     pub channel: Option<Channel>,
     /// Its ICE credentials; `None` in a session that outlived the mediator that made them.
     pub ice: Option<IceCredentials>,
-    /// From where its last handshake came.
-    pub seen: Option<SocketAddr>,
+    /// From where its last handshakes came: by IPv4, and by IPv6.
+    pub seen: [Option<SocketAddr>; 2],
 }
 
 /// The end of a session in a server, in the technician's place.
@@ -131,7 +131,7 @@ impl Session {
         self.away = None;
         // What was seen of the other end may have been lost with the old channel.
         let other = if role == Role::Agent { Role::Technician } else { Role::Agent };
-        self.end_mut(other).seen = None;
+        self.end_mut(other).seen = [None; 2];
     }
 }
 
@@ -319,7 +319,7 @@ impl Sessions {
     pub fn seen(&mut self, id: SessionId, role: Role, from: SocketAddr) -> Option<Channel> {
         let session = self.live.get_mut(&id)?;
         let end = session.end_mut(role);
-        if end.seen.replace(from) == Some(from) {
+        if end.seen[usize::from(from.is_ipv6())].replace(from) == Some(from) {
             return None;
         }
         session.other(role).channel.clone()
@@ -437,7 +437,7 @@ impl Sessions {
             device: channel.device.clone(),
             channel: Some(channel),
             ice: None,
-            seen: None,
+            seen: [None; 2],
         };
         let session = Session::new(id, end(technician), end(agent), now);
         if self.insert(session.clone()) {
@@ -460,7 +460,7 @@ mod tests {
             device: channel.device.clone(),
             channel: Some(channel.clone()),
             ice: None,
-            seen: None,
+            seen: [None; 2],
         };
         Session::new(SessionId([id; 16]), end(technician), end(agent), now)
     }

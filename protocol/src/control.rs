@@ -167,6 +167,9 @@ pub struct Welcome {
     /// Where the control channel is reached from now on: `HOST:PORT` each. Empty: as before.
     #[prost(string, repeated, tag = "7")]
     pub servers: Vec<String>,
+    /// How many of `stun`, from the first on, are the mediator's own: those take handshakes. 0: the first one.
+    #[prost(uint32, tag = "8")]
+    pub mediator_stun: u32,
 }
 
 /// See [`Up::List`].

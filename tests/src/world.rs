@@ -124,8 +124,8 @@ impl World {
             None => None,
         };
 
-        let (server, address) = (&lab.server, lab.server.address.to_string());
-        run(server, "adit-mediator", &["init", "--data", &dir("server"), "--host", &address]).await?;
+        let server = &lab.server;
+        run(server, "adit-mediator", &["init", "--data", &dir("server"), "--host", &hosts(server)]).await?;
         if setup.redirector && !lab.relays.is_empty() {
             let file = format!("{}/config.toml", dir("server"));
             let names: Vec<String> =
@@ -147,12 +147,7 @@ impl World {
         let mut relays = Vec::new();
         for host in &lab.relays {
             let (token, data) = (token(&lab, &dir("server"), &["--role", "relay"]).await?, dir(&host.name));
-            run(
-                host,
-                "adit-relay",
-                &["enroll", &token, "--data", &data, "--host", &host.address.to_string()],
-            )
-            .await?;
+            run(host, "adit-relay", &["enroll", &token, "--data", &data, "--host", &hosts(host)]).await?;
             relays.push(start(host, "adit-relay", &["run", "--data", &data])?);
             accepts(host, (host.address, 8002).into()).await?;
         }
@@ -303,6 +298,12 @@ pub fn start(host: &Host, program: &str, arguments: &[&str]) -> anyhow::Result<P
 pub async fn run(host: &Host, program: &str, arguments: &[&str]) -> anyhow::Result<String> {
     let finished = start(host, program, arguments)?.finish(PATIENCE).await?;
     finished.ok().with_context(|| format!("{program} {} on {}", arguments.join(" "), host.name))
+}
+
+/// All addresses of a host, for `--host`.
+fn hosts(host: &Host) -> String {
+    let v6 = host.address6.map_or(String::new(), |v6| format!(",{v6}"));
+    format!("{}{v6}", host.address)
 }
 
 fn start_agent(lab: &Lab, data: &str, allow: &[String]) -> anyhow::Result<Process> {

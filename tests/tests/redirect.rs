@@ -21,6 +21,7 @@ lab_tests!(
     a_port_leads_to_the_target_and_only_from_its_source,
     a_port_of_a_relay_elsewhere,
     the_source_is_the_one_that_the_port_sees,
+    a_port_by_ipv6,
     a_port_closes_at_the_end_of_its_time,
     without_permission_there_is_no_port,
     what_cannot_be_opened_is_said_in_a_line,
@@ -160,6 +161,21 @@ async fn the_source_is_the_one_that_the_port_sees() -> anyhow::Result<()> {
         download(elsewhere, address(&opened).ok()?, 1, 1, DEADLINE).await.ok()
     })
     .await?;
+    Ok(())
+}
+
+async fn a_port_by_ipv6() -> anyhow::Result<()> {
+    let topology = Topology::new(NatKind::Cone, NatKind::Ipv6Only).stranger();
+    let world = World::up(Setup::new(topology).redirector()).await?;
+    let transfers = TransferServer::start(&world.lab.agent.host).await?;
+    let opened = redirect(&world, &format!("127.0.0.1:{}", transfers.port), &[]).await?;
+    println!("{opened}");
+    let (host, at) = (&world.lab.technician.host, address(&opened)?);
+    let own = host.address6.context("an address")?.to_string();
+    ensure!(at.is_ipv6() && opened["source"] == own, "{opened}");
+    download(host, at, 1, BYTES, DEADLINE).await?;
+    let stranger = world.lab.stranger.as_ref().context("a stranger")?;
+    ensure!(download(stranger, at, 1, 1, DEADLINE).await.is_err(), "a stranger got through");
     Ok(())
 }
 

@@ -15,6 +15,13 @@ lab_tests!(
     cone_and_none_are_direct,
     none_and_symmetric_are_direct,
     symmetric_and_none_are_direct,
+    firewall_and_firewall_are_direct,
+    firewall_and_cone_are_direct,
+    ipv6_only_and_ipv6_only_are_direct,
+    ipv6_only_and_dual_stack_are_direct,
+    dual_stack_and_dual_stack_are_direct,
+    dual_stack_and_cone_are_direct,
+    ipv6_only_and_cone_stay_on_the_relay,
     symmetric_and_symmetric_stay_on_the_relay,
     udp_blocked_at_the_agent_stays_on_the_relay,
     udp_blocked_at_the_technician_stays_on_the_relay
@@ -44,6 +51,37 @@ async fn symmetric_and_none_are_direct() -> anyhow::Result<()> {
     direct(NatKind::Symmetric, NatKind::None).await
 }
 
+async fn firewall_and_firewall_are_direct() -> anyhow::Result<()> {
+    direct(NatKind::Firewall, NatKind::Firewall).await
+}
+
+async fn firewall_and_cone_are_direct() -> anyhow::Result<()> {
+    direct(NatKind::Firewall, NatKind::Cone).await
+}
+
+async fn ipv6_only_and_ipv6_only_are_direct() -> anyhow::Result<()> {
+    direct(NatKind::Ipv6Only, NatKind::Ipv6Only).await
+}
+
+async fn ipv6_only_and_dual_stack_are_direct() -> anyhow::Result<()> {
+    direct(NatKind::Ipv6Only, NatKind::DualStack).await?;
+    direct(NatKind::DualStack, NatKind::Ipv6Only).await
+}
+
+async fn dual_stack_and_dual_stack_are_direct() -> anyhow::Result<()> {
+    direct(NatKind::DualStack, NatKind::DualStack).await
+}
+
+async fn dual_stack_and_cone_are_direct() -> anyhow::Result<()> {
+    direct(NatKind::DualStack, NatKind::Cone).await
+}
+
+/// They have no IP version in common; each reaches the relay by its own.
+async fn ipv6_only_and_cone_stay_on_the_relay() -> anyhow::Result<()> {
+    relayed(NatKind::Ipv6Only, NatKind::Cone).await?;
+    relayed(NatKind::Cone, NatKind::Ipv6Only).await
+}
+
 async fn symmetric_and_symmetric_stay_on_the_relay() -> anyhow::Result<()> {
     relayed(NatKind::Symmetric, NatKind::Symmetric).await
 }
@@ -64,7 +102,8 @@ async fn direct(agent: NatKind, technician: NatKind) -> anyhow::Result<()> {
     let transfers = TransferServer::start(&world.lab.agent.host).await?;
     let forward = world.forward(&[&format!("127.0.0.1:{}", transfers.port)]).await?;
     let event = forward.reaches("direct", Duration::from_secs(10)).await?;
-    println!("agent {agent}, technician {technician}: direct after {} ms", event["since_start_ms"]);
+    let (took, remote) = (&event["since_start_ms"], &event["remote"]);
+    println!("agent {agent}, technician {technician}: direct after {took} ms, to {remote}");
     let before = world.lab.technician.traffic()?;
     download(&world.lab.technician.host, forward.local[0], 1, BYTES, DEADLINE).await?;
     upload(&world.lab.technician.host, forward.local[0], 2, BYTES, DEADLINE).await?;

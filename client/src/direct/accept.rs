@@ -11,7 +11,7 @@ use rustls::pki_types::CertificateDer;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::demux::Demux;
+use super::demux::{Demux, canonical};
 use super::quic;
 use crate::identity::Peer;
 
@@ -29,7 +29,7 @@ pub(super) async fn run(endpoint: Endpoint, demux: Arc<Demux>) {
         tokio::select! {
             incoming = endpoint.accept() => {
                 let Some(incoming) = incoming else { return };
-                if handshakes.len() < MAX_HANDSHAKES && demux.is_confirmed(incoming.remote_address()) {
+                if handshakes.len() < MAX_HANDSHAKES && demux.is_confirmed(canonical(incoming.remote_address())) {
                     let handshake = handshake(incoming, demux.clone());
                     handshakes.spawn(async move {
                         if let Err(error) = timeout(HANDSHAKE, handshake).await.unwrap_or(Err(Refusal::Slow)) {
@@ -47,7 +47,7 @@ pub(super) async fn run(endpoint: Endpoint, demux: Arc<Demux>) {
 
 async fn handshake(incoming: Incoming, demux: Arc<Demux>) -> Result<(), Refusal> {
     // The address of the path; the connection's own may change.
-    let remote = incoming.remote_address();
+    let remote = canonical(incoming.remote_address());
     // From now on it is a technician of our organisation.
     let connection = incoming.accept()?.await?;
     let session = session_of(&connection).and_then(|session| demux.confirmed_session(session, remote));

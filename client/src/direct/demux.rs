@@ -79,11 +79,12 @@ impl Demux {
     /// of `stride` bytes each (the last may be shorter) from one source.
     pub(super) fn sort(&self, buffer: &mut [u8], meta: &mut RecvMeta) {
         let (mut at, mut kept) = (0, 0);
+        let source = canonical(meta.addr);
         while at < meta.len {
             let length = meta.stride.clamp(1, meta.len - at);
             let datagram = at..at + length;
             at += length;
-            if self.is_for_quinn(meta.addr, &buffer[datagram.clone()]) {
+            if self.is_for_quinn(source, &buffer[datagram.clone()]) {
                 if kept != datagram.start {
                     buffer.copy_within(datagram, kept);
                 }
@@ -135,6 +136,11 @@ impl Demux {
     fn read<T>(&self, read: impl FnOnce(&HashMap<String, Arc<Entry>>) -> T) -> T {
         read(&self.sessions.read().unwrap_or_else(PoisonError::into_inner))
     }
+}
+
+/// IPv4 as IPv4. (`SocketAddr` has a flow label and a scope, which are nobody's here.)
+pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
 /// What is left for quinn of a batch of datagrams of `stride` bytes each, while no session is there: for the

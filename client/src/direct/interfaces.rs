@@ -27,28 +27,34 @@ const GUESTS: [&str; 18] = [
     "bridge100",
 ];
 
-/// IPv4 addresses of the interfaces, with 127.0.0.1 only if `loopback`. Those of guests' and link-local
-/// ones are left out unless there is nothing else. Takes well below a millisecond on Linux.
-pub(super) fn addresses(loopback: bool) -> Vec<Ipv4Addr> {
+/// Addresses of the interfaces, with 127.0.0.1 only if `loopback`. Those of guests' and link-local ones are left out unless
+/// there is nothing else of that IP version; link-local IPv6 ones always, because they mean something only together with an
+/// interface. Takes well below a millisecond on Linux.
+pub(super) fn addresses(loopback: bool) -> Vec<IpAddr> {
     let interfaces = get_if_addrs().unwrap_or_else(|error| {
         tracing::debug!(%error, "the interfaces cannot be listed");
         Vec::new()
     });
     let up = interfaces.iter().filter(|interface| interface.oper_status != IfOperStatus::Down);
-    let named = up.filter_map(|interface| match interface.ip() {
-        IpAddr::V4(ip) => Some((interface.name.as_str(), ip)),
-        IpAddr::V6(_) => None,
-    });
-    choose(named, loopback)
+    choose(up.map(|interface| (interface.name.as_str(), interface.ip())), loopback)
 }
 
-fn choose<'a>(interfaces: impl Iterator<Item = (&'a str, Ipv4Addr)>, loopback: bool) -> Vec<Ipv4Addr> {
-    let (own, others): (Vec<_>, Vec<_>) = interfaces
+fn choose<'a>(interfaces: impl Iterator<Item = (&'a str, IpAddr)>, loopback: bool) -> Vec<IpAddr> {
+    let (v4, v6): (Vec<_>, Vec<_>) = interfaces
         .filter(|(_, ip)| !ip.is_loopback() && !ip.is_unspecified())
-        .partition(|(name, ip)| !is_guests(name) && !ip.is_link_local());
-    let chosen = if own.is_empty() { others } else { own };
-    let chosen = chosen.into_iter().map(|(_, ip)| ip);
-    chosen.chain(loopback.then_some(Ipv4Addr::LOCALHOST)).collect()
+        .filter(|(_, ip)| !matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local() || ip.is_multicast()))
+        .partition(|(_, ip)| ip.is_ipv4());
+    let chosen = [v4, v6].into_iter().flat_map(|of_version| {
+        let (own, others): (Vec<_>, Vec<_>) =
+            of_version.into_iter().partition(|(name, ip)| !is_guests(name) && !is_link_local(*ip));
+        if own.is_empty() { others } else { own }
+    });
+    let chosen = chosen.map(|(_, ip)| ip);
+    chosen.chain(loopback.then_some(Ipv4Addr::LOCALHOST.into())).collect()
+}
+
+fn is_link_local(ip: IpAddr) -> bool {
+    matches!(ip, IpAddr::V4(ip) if ip.is_link_local())
 }
 
 fn is_guests(name: &str) -> bool {
@@ -60,29 +66,37 @@ fn is_guests(name: &str) -> bool {
 mod tests {
     use super::*;
 
-    fn chosen(interfaces: &[(&str, [u8; 4])], loopback: bool) -> Vec<[u8; 4]> {
-        let interfaces = interfaces.iter().map(|(name, ip)| (*name, Ipv4Addr::from(*ip)));
-        choose(interfaces, loopback).iter().map(Ipv4Addr::octets).collect()
+    fn chosen(interfaces: &[(&str, &str)], loopback: bool) -> Vec<String> {
+        let interfaces = interfaces.iter().map(|(name, ip)| (*name, ip.parse().expect("an address")));
+        choose(interfaces, loopback).iter().map(IpAddr::to_string).collect()
     }
 
     #[test]
     fn junk_is_left_out_unless_there_is_nothing_else() {
-        let lo = ("lo", [127, 0, 0, 1]);
-        let docker = ("docker0", [172, 17, 0, 1]);
-        let hyper_v = ("vEthernet (Default Switch)", [172, 28, 0, 1]);
-        let link_local = ("eth1", [169, 254, 3, 4]);
-        let lan = ("eth0", [192, 168, 1, 2]);
-        let vpn = ("tun0", [10, 8, 0, 2]);
+        let lo = ("lo", "127.0.0.1");
+        let docker = ("docker0", "172.17.0.1");
+        let hyper_v = ("vEthernet (Default Switch)", "172.28.0.1");
+        let link_local = ("eth1", "169.254.3.4");
+        let lan = ("eth0", "192.168.1.2");
+        let vpn = ("tun0", "10.8.0.2");
         let all = [lo, docker, hyper_v, link_local, lan, vpn];
         assert_eq!(chosen(&all, false), [lan.1, vpn.1]);
         assert_eq!(chosen(&all, true), [lan.1, vpn.1, lo.1]);
         assert_eq!(chosen(&[lo, docker, link_local], false), [docker.1, link_local.1]);
-        assert_eq!(chosen(&[lo], false), Vec::<[u8; 4]>::new());
+        assert_eq!(chosen(&[lo], false), Vec::<String>::new());
+        let (lo6, local6, docker6) = (("lo", "::1"), ("eth0", "fe80::1"), ("docker0", "fd01::1"));
+        let (lan6, global6) = (("eth0", "fd00::2"), ("eth0", "2001:db8::2"));
+        assert_eq!(
+            chosen(&[lo6, local6, lan6, docker6, lan, docker, global6], false),
+            [lan.1, lan6.1, global6.1]
+        );
+        assert_eq!(chosen(&[lan, local6, docker6], false), [lan.1, docker6.1]);
     }
 
     #[test]
     fn loopback_is_offered_only_where_asked_for() {
-        assert!(addresses(true).contains(&Ipv4Addr::LOCALHOST));
-        assert!(!addresses(false).contains(&Ipv4Addr::LOCALHOST));
+        let loopback = IpAddr::from(Ipv4Addr::LOCALHOST);
+        assert!(addresses(true).contains(&loopback));
+        assert!(!addresses(false).contains(&loopback));
     }
 }

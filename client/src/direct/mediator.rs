@@ -20,7 +20,7 @@ const MOST: usize = 128;
 pub(super) struct Handshake {
     username: UserName,
     key: HMACKey,
-    mediator: Option<SocketAddr>,
+    mediator: Vec<SocketAddr>,
 }
 
 impl Handshake {
@@ -33,17 +33,17 @@ impl Handshake {
         };
         let username = UserName::new(format!("{session}:{role}")).map_err(|_| InvalidCredentials)?;
         let key = HMACKey::new_short_term(password).map_err(|_| InvalidCredentials)?;
-        Ok(Self { username, key, mediator: None })
+        Ok(Self { username, key, mediator: vec![] })
     }
 
     /// Where the mediator is.
-    pub(super) fn set_mediator(&mut self, mediator: Option<SocketAddr>) {
+    pub(super) fn set_mediator(&mut self, mediator: Vec<SocketAddr>) {
         self.mediator = mediator;
     }
 
     /// Makes a handshake of a plain Binding request to the mediator; everything else stays as it is.
     pub(super) fn seal(&self, transmit: Transmit) -> Transmit {
-        if self.mediator != Some(transmit.destination) || transmit.payload.len() != stun::HEADER {
+        if !self.mediator.contains(&transmit.destination) || transmit.payload.len() != stun::HEADER {
             return transmit;
         }
         let Some(id) = transmit.payload.last_chunk::<12>() else { return transmit };
@@ -74,7 +74,7 @@ mod tests {
         let password = "a-password-of-24-letters";
         let mut handshake = Handshake::new(session, IceRole::Controlled, password).expect("good credentials");
         let mediator = "192.0.2.1:8002".parse().expect("an address");
-        handshake.set_mediator(Some(mediator));
+        handshake.set_mediator(vec![mediator]);
         let plain = |destination| Transmit { destination, payload: stun::binding_request([9; 12]).to_vec() };
 
         let sealed = handshake.seal(plain(mediator));

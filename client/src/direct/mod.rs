@@ -32,7 +32,7 @@ use std::ops::RangeInclusive;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use adit_protocol::control::IceCredentials;
+use adit_protocol::control::{IceCredentials, Welcome};
 use adit_protocol::{DeviceId, SessionId};
 use adit_tunnel::path::{Credentials, IceRole, InvalidCredentials};
 use quinn::Connection;
@@ -42,6 +42,7 @@ use tokio::task::JoinHandle;
 use crate::identity::{Identity, Live};
 use crate::tls::TlsError;
 use demux::Demux;
+pub(crate) use demux::canonical;
 #[doc(hidden)]
 pub use demux::sort_without_sessions;
 use mediator::Handshake;
@@ -167,8 +168,26 @@ pub struct SessionConfig {
     pub local: IceCredentials,
     /// ICE credentials of the other end.
     pub remote: IceCredentials,
-    /// `HOST:PORT` (UDP) each, the mediator first. Resolved here; IPv4 only.
-    pub stun_servers: Vec<String>,
+    /// Who tells this end its addresses.
+    pub stun_servers: StunServers,
+}
+
+/// STUN servers, `HOST:PORT` (UDP) each. Names are resolved when a session begins, to an IPv4 and an IPv6 address.
+#[derive(Debug, Clone, Default)]
+pub struct StunServers {
+    /// The mediator's: what is asked there is a handshake, too.
+    pub mediator: Vec<String>,
+    /// Relays'.
+    pub others: Vec<String>,
+}
+
+impl StunServers {
+    /// Those that the mediator tells of.
+    pub fn of(welcome: &Welcome) -> Self {
+        let own = welcome.mediator_stun.max(1) as usize;
+        let (mediator, others) = welcome.stun.split_at(own.min(welcome.stun.len()));
+        Self { mediator: mediator.to_vec(), others: others.to_vec() }
+    }
 }
 
 /// One session's search for a path, and the connections that came of it. Dropping it ends the search

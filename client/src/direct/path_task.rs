@@ -1,7 +1,7 @@
 //! Drives the path engine of one session, and dials QUIC over the paths that it confirms.
 
 use std::future::{Future, pending};
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -18,7 +18,7 @@ use tokio::time::{MissedTickBehavior, interval_at, sleep_until, timeout};
 use super::demux::{Demux, Entry};
 use super::mediator::Handshake;
 use super::socket::DirectSocket;
-use super::{DirectEvent, interfaces, quic};
+use super::{DirectEvent, StunServers, interfaces, quic};
 
 /// A name that takes longer is left out.
 const RESOLVE: Duration = Duration::from_secs(2);
@@ -47,7 +47,7 @@ pub(super) struct PathTask {
     pub(super) peer: DeviceId,
     pub(super) local: Credentials,
     pub(super) remote: Credentials,
-    pub(super) stun_servers: Vec<String>,
+    pub(super) stun_servers: StunServers,
     pub(super) handshake: Handshake,
     pub(super) client: ClientConfig,
     pub(super) port: u16,
@@ -63,8 +63,10 @@ impl PathTask {
     /// Runs until it is aborted, or nobody can give it commands any more.
     pub(super) async fn run(mut self) {
         // What comes in meanwhile waits in the queue of commands.
-        let stun_servers = resolve(&self.stun_servers).await;
-        self.handshake.set_mediator(stun_servers.first().copied());
+        let StunServers { mediator, others } = &self.stun_servers;
+        let (mediator, others) = tokio::join!(resolve(mediator), resolve(others));
+        let stun_servers = [&mediator[..], &others].concat();
+        self.handshake.set_mediator(mediator);
         let ufrag = self.local.ufrag().to_owned();
         let config = path::Config {
             role: self.role,
@@ -231,8 +233,11 @@ impl Driver {
 
     fn list_interfaces(&mut self) {
         let addresses = interfaces::addresses(self.task.loopback);
-        let addresses: Vec<_> =
-            addresses.into_iter().map(|ip| SocketAddr::new(IpAddr::V4(ip), self.task.port)).collect();
+        let addresses: Vec<_> = addresses
+            .into_iter()
+            .filter(|ip| ip.is_ipv4() || self.task.socket.has_ipv6())
+            .map(|ip| SocketAddr::new(ip, self.task.port))
+            .collect();
         self.tell(|agent, now| agent.set_host_addresses(now, &addresses));
     }
 
@@ -265,17 +270,18 @@ async fn closed(current: &mut Option<Current>) -> ConnectionError {
     }
 }
 
-/// One IPv4 address for each server that has one, in the order given.
+/// Each server's first IPv4 and first IPv6 address, in the order given.
 async fn resolve(servers: &[String]) -> Vec<SocketAddr> {
     let lookups = servers.iter().map(|server| async move {
         let found = timeout(RESOLVE, lookup_host(server)).await.ok().and_then(Result::ok);
-        let address = found.and_then(|mut found| found.find(SocketAddr::is_ipv4));
-        if address.is_none() {
-            tracing::debug!(server, "no IPv4 address of this STUN server");
+        let found: Vec<SocketAddr> = found.into_iter().flatten().collect();
+        if found.is_empty() {
+            tracing::debug!(server, "no address of this STUN server");
         }
-        address
+        let first = |is_ipv4| found.iter().copied().find(|address| address.is_ipv4() == is_ipv4);
+        first(true).into_iter().chain(first(false)).collect::<Vec<_>>()
     });
-    join_all(lookups).await.into_iter().flatten().collect()
+    join_all(lookups).await.concat()
 }
 
 #[derive(Debug, thiserror::Error)]

@@ -10,7 +10,7 @@
 use std::fmt;
 use std::future::Future;
 use std::io::{self, ErrorKind, IoSliceMut};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::ops::RangeInclusive;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -31,7 +31,8 @@ const BUFFER: usize = 4 * 1024 * 1024;
 /// Receive errors in a row, before other tasks get their turn.
 const ERRORS_A_TURN: usize = 16;
 
-/// The one socket, bound to all IPv4 addresses.
+/// The one socket, bound to all addresses: IPv6 and IPv4, or IPv4 only where the system has no IPv6. On one for both the
+/// system, and so quinn, has IPv4 addresses in the form `::ffff:192.0.2.1`; everybody else here has them as IPv4.
 pub(super) struct DirectSocket {
     io: UdpSocket,
     /// quinn's own way, where the system has what it needs.
@@ -58,8 +59,16 @@ impl DirectSocket {
         self.address.port()
     }
 
+    pub(super) fn has_ipv6(&self) -> bool {
+        self.address.is_ipv6()
+    }
+
     /// Sends a datagram of the path engine. A full socket and errors count as loss.
     pub(super) fn send(&self, destination: SocketAddr, payload: &[u8]) {
+        let destination = match destination.ip() {
+            IpAddr::V4(ip) if self.has_ipv6() => (ip.to_ipv6_mapped(), destination.port()).into(),
+            _ => destination,
+        };
         if let Err(error) = self.io.try_send_to(payload, destination) {
             self.count(&error);
         }
@@ -199,9 +208,22 @@ fn bind_one_of(ports: RangeInclusive<u16>) -> Result<std::net::UdpSocket, BindEr
 }
 
 fn bind(port: u16) -> io::Result<std::net::UdpSocket> {
-    let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDP))?;
+    let both = bind_to(Domain::IPV6, SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)));
+    match both {
+        Err(error) if !matches!(error.kind(), ErrorKind::AddrInUse | ErrorKind::PermissionDenied) => {
+            bind_to(Domain::IPV4, SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)))
+        }
+        both => both,
+    }
+}
+
+fn bind_to(domain: Domain, address: SocketAddr) -> io::Result<std::net::UdpSocket> {
+    let socket = Socket::new(domain, Type::DGRAM, Some(Protocol::UDP))?;
     socket.set_nonblocking(true)?;
-    socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, port)).into())?;
+    if domain == Domain::IPV6 {
+        socket.set_only_v6(false)?;
+    }
+    socket.bind(&address.into())?;
     // Best effort: smaller buffers are slower, that is all.
     let _ = socket.set_recv_buffer_size(BUFFER);
     let _ = socket.set_send_buffer_size(BUFFER);

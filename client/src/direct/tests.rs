@@ -78,7 +78,7 @@ fn config(role: IceRole) -> SessionConfig {
         IceRole::Controlling => (AGENT, ice("tech"), ice("agent")),
         IceRole::Controlled => (TECHNICIAN, ice("agent"), ice("tech")),
     };
-    SessionConfig { session: SESSION, role, peer, local, remote, stun_servers: vec![] }
+    SessionConfig { session: SESSION, role, peer, local, remote, stun_servers: StunServers::default() }
 }
 
 impl Pair {
@@ -307,7 +307,7 @@ async fn row_06_strangers_get_no_answer() {
 async fn the_mediator_is_shown_where_the_session_is() {
     let mediator = tokio::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a socket");
     let address = mediator.local_addr().expect("an address").to_string();
-    let pair = Pair::new(|agents, _| agents.stun_servers = vec![address]);
+    let pair = Pair::new(|agents, _| agents.stun_servers.mediator = vec![address]);
     let mut buffer = [0; 1500];
     let (length, source) = tokio::time::timeout(LONG, mediator.recv_from(&mut buffer))
         .await

@@ -19,7 +19,7 @@ use tokio::task::JoinSet;
 use tracing::{debug, info, warn};
 
 use crate::control::maintain::{Control, State};
-use crate::direct::{DirectEndpoint, DirectEvent, DirectSession, SessionConfig};
+use crate::direct::{DirectEndpoint, DirectEvent, DirectSession, SessionConfig, StunServers};
 use crate::identity::{Identity, Peer};
 use crate::tunnel::{CarrierInfo, Flow, Notice, Tunnel, TunnelStream, quic_carrier};
 use crate::via::Via;
@@ -81,8 +81,8 @@ pub struct Parts {
     pub control: Control,
     /// `None`: no port of the range is free, or direct paths are not wanted.
     pub direct: Option<Arc<DirectEndpoint>>,
-    /// `HOST:PORT` each.
-    pub stun: Vec<String>,
+    /// Who tells this end its addresses.
+    pub stun: StunServers,
     /// What the mediator says about this session.
     pub downs: mpsc::Receiver<Down>,
 }

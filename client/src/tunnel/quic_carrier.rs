@@ -16,6 +16,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
 use super::Tunnel;
+use crate::direct::canonical;
 
 /// Chunks taken from a QUIC stream at once.
 const CHUNKS: usize = 32;
@@ -24,7 +25,7 @@ const CONTROL_PRIORITY: i32 = 1;
 
 /// Runs a carrier until its connection ends or the session gives it up. Returns why it ended.
 pub async fn run(tunnel: Tunnel, connection: Connection, local: Option<SocketAddr>) -> String {
-    let id = tunnel.attach(CarrierKind::Quic, local, Some(connection.remote_address()));
+    let id = tunnel.attach(CarrierKind::Quic, local, Some(canonical(connection.remote_address())));
     let carrier = Carrier { tunnel: tunnel.clone(), id, connection: connection.clone() };
     let guard = Detach { tunnel: &tunnel, id, connection: &connection };
     let reason = match carrier.run().await {

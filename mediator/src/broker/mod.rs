@@ -194,7 +194,7 @@ impl Broker {
             device: channel.device.clone(),
             channel: Some(channel.clone()),
             ice: Some(IceCredentials { ufrag: random_text(8), password: random_text(24) }),
-            seen: None,
+            seen: [None; 2],
         };
         let id = SessionId(rand::random());
         let session = Session::new(id, end(channel), end(&agent_channel), Instant::now());

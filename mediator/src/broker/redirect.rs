@@ -202,7 +202,7 @@ impl Broker {
             device: channel.device.clone(),
             channel: Some(channel.clone()),
             ice: None,
-            seen: None,
+            seen: [None; 2],
         };
         let id = SessionId(rand::random());
         let mut session = Session::new(id, end(channel), end(&agent_channel), Instant::now());

@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use adit_client::control::Control;
+use adit_client::direct::StunServers;
 use adit_client::identity::Live;
 use adit_client::identity::revocation::Revocations;
 use adit_client::session::{self, Parts, SessionEvent};
@@ -231,7 +232,7 @@ impl Redirector {
             via: Via::Redirector,
             control: self.control.clone(),
             direct: None,
-            stun: vec![],
+            stun: StunServers::default(),
             downs: tickets,
         });
         let closer = tunnel.clone();

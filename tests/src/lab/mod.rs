@@ -9,7 +9,8 @@
 //!
 //! Namespaces, wires and addresses are patchbay's; NAT rules, events and the line in user space are
 //! the lab's own ([`NatKind`], [`Site`], [`Link`]). Needs `nft`, `tc`, `ip`, and for a [`Link`] that
-//! is more than a rate, `ethtool`. Everything is IPv4.
+//! is more than a rate, `ethtool`. Everything is IPv4, and the servers have IPv6, too, where a site has.
+//! A [`Link`] that is more than a rate is for IPv4 only.
 
 mod conntrack;
 mod link;
@@ -19,7 +20,7 @@ mod reflect;
 mod shaper;
 mod site;
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::process::Command;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -99,7 +100,9 @@ impl Lab {
     /// Builds `topology`. The process must have entered a user namespace ([`crate::harness::enter`]).
     pub async fn up(topology: &Topology) -> anyhow::Result<Self> {
         let lab = patchbay::Lab::builder().build().await.context("cannot make the namespaces")?;
-        let servers = lab.add_router("servers").ip_support(IpSupport::V4Only).nat(None).build().await?;
+        let has_v6 = [topology.agent, topology.technician].iter().any(|kind| kind.ip_support().has_v6());
+        let support = if has_v6 { IpSupport::DualStack } else { IpSupport::V4Only };
+        let servers = lab.add_router("servers").ip_support(support).nat(None).build().await?;
         let add =
             async |name: &str| Host::new(lab.add_device(name).iface("eth0", servers.id()).build().await?);
         let server = add("server").await?;
@@ -160,16 +163,24 @@ impl Lab {
 pub struct Host {
     /// Its name: `agent`, `technician`, `server`, `relay1`, ...
     pub name: String,
-    /// Its own address, behind its NAT if there is one.
+    /// Its own address, behind its NAT if there is one; 0.0.0.0 where it has none.
     pub address: Ipv4Addr,
+    /// Its IPv6 address.
+    pub address6: Option<Ipv6Addr>,
     device: patchbay::Device,
     environment: Arc<Mutex<Vec<(&'static str, String)>>>,
 }
 
 impl Host {
     fn new(device: patchbay::Device) -> anyhow::Result<Self> {
-        let address = device.ip().context("a device without an address")?;
-        Ok(Self { name: device.name().to_owned(), address, device, environment: Arc::default() })
+        let (address, address6) = (device.ip().context("a device without an address")?, device.ip6());
+        Ok(Self { name: device.name().to_owned(), address, address6, device, environment: Arc::default() })
+    }
+
+    fn lose_ipv4(&mut self) -> anyhow::Result<()> {
+        self.device.command("ip -4 addr flush dev eth0")?;
+        self.address = Ipv4Addr::UNSPECIFIED;
+        Ok(())
     }
 
     /// Programs that start here from now on find this in their environment.

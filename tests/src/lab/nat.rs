@@ -4,6 +4,8 @@ use std::fmt;
 use std::net::Ipv4Addr;
 use std::str::FromStr;
 
+use patchbay::IpSupport;
+
 /// The NAT of a site's router, in the words of RFC 4787.
 ///
 /// patchbay has presets for some of these. The lab has rules of its own, because a reboot must lead
@@ -13,6 +15,8 @@ use std::str::FromStr;
 pub enum NatKind {
     /// No NAT and no firewall: the device has a public address.
     None,
+    /// No NAT: the device has a public address, and the router drops what it did not ask for.
+    Firewall,
     /// Port-restricted cone: endpoint-independent mapping, address- and port-dependent filtering.
     Cone,
     /// Symmetric: a new random port for each destination, address- and port-dependent filtering.
@@ -21,11 +25,37 @@ pub enum NatKind {
     UdpBlocked,
     /// As [`NatKind::Cone`], and nothing passes but DNS and TCP connections to port 443.
     HttpsOnly,
+    /// As [`NatKind::Cone`], and beside it IPv6 as [`NatKind::Firewall`] has it.
+    DualStack,
+    /// IPv6 as [`NatKind::Firewall`] has it, and no IPv4 at all.
+    Ipv6Only,
 }
 
 impl NatKind {
     /// All kinds.
-    pub const ALL: [Self; 5] = [Self::None, Self::Cone, Self::Symmetric, Self::UdpBlocked, Self::HttpsOnly];
+    pub const ALL: [Self; 8] = [
+        Self::None,
+        Self::Firewall,
+        Self::Cone,
+        Self::Symmetric,
+        Self::UdpBlocked,
+        Self::HttpsOnly,
+        Self::DualStack,
+        Self::Ipv6Only,
+    ];
+
+    pub(super) fn ip_support(self) -> IpSupport {
+        match self {
+            // Its device loses its IPv4 addresses afterwards: patchbay's routers behind routers must have them.
+            Self::DualStack | Self::Ipv6Only => IpSupport::DualStack,
+            _ => IpSupport::V4Only,
+        }
+    }
+
+    /// The device's IPv4 address is its own in the whole internet.
+    pub(super) fn is_public(self) -> bool {
+        matches!(self, Self::None | Self::Firewall)
+    }
 
     /// The rules of the router whose outer interface is `wan` with the address `address`, as one
     /// nftables transaction that replaces those of an earlier call. `boot` stands for everything
@@ -34,7 +64,8 @@ impl NatKind {
     pub(super) fn rules(self, wan: &str, address: Ipv4Addr, boot: u16) -> String {
         let mapping = match self {
             Self::None => return String::new(),
-            Self::Cone | Self::UdpBlocked | Self::HttpsOnly => {
+            Self::Firewall => String::new(),
+            Self::Cone | Self::UdpBlocked | Self::HttpsOnly | Self::DualStack | Self::Ipv6Only => {
                 let mask = boot & 0x3ff;
                 format!(
                     "oifname {wan} meta l4proto udp snat ip to {address} : udp sport ^ {mask}
@@ -47,13 +78,18 @@ impl NatKind {
         format!(
             "add table ip adit_nat
              delete table ip adit_nat
+             add table inet adit_firewall
+             delete table inet adit_firewall
              table ip adit_nat {{
                  chain postrouting {{
                      type nat hook postrouting priority srcnat;
                      {mapping}
                  }}
+             }}
+             table inet adit_firewall {{
                  chain input {{
                      type filter hook input priority filter;
+                     iifname {wan} icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert, nd-router-advert }} accept
                      iifname {wan} ct state established,related accept
                      iifname {wan} drop
                  }}
@@ -71,10 +107,13 @@ impl fmt::Display for NatKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::None => "none",
+            Self::Firewall => "firewall",
             Self::Cone => "cone",
             Self::Symmetric => "symmetric",
             Self::UdpBlocked => "udp-blocked",
             Self::HttpsOnly => "https-only",
+            Self::DualStack => "dual-stack",
+            Self::Ipv6Only => "ipv6-only",
         })
     }
 }
@@ -83,7 +122,8 @@ impl FromStr for NatKind {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
         Self::ALL.into_iter().find(|kind| kind.to_string() == text).ok_or_else(|| {
-            format!("no such NAT: {text:?} (there are none, cone, symmetric, udp-blocked, https-only)")
+            let all = Self::ALL.map(|kind| kind.to_string()).join(", ");
+            format!("no such NAT: {text:?} (there are {all})")
         })
     }
 }

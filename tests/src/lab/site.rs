@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 use std::sync::Arc;
 
 use anyhow::Context;
-use patchbay::{IpSupport, Ipv4Net};
+use patchbay::Ipv4Net;
 use rand::RngExt;
 
 use super::link::RunningLink;
@@ -54,19 +54,22 @@ impl Site {
     /// Builds `name`, its router and its provider's router. `lan` is the network behind a NAT.
     pub(super) async fn up(lab: &patchbay::Lab, name: &str, nat: NatKind, lan: &str) -> anyhow::Result<Self> {
         let provider =
-            lab.add_router(&format!("{name}-isp")).ip_support(IpSupport::V4Only).nat(None).build().await?;
+            lab.add_router(&format!("{name}-isp")).ip_support(nat.ip_support()).nat(None).build().await?;
         let mut router = lab
             .add_router(&format!("{name}-router"))
             .upstream(provider.id())
-            .ip_support(IpSupport::V4Only)
+            .ip_support(nat.ip_support())
             .nat(None);
-        if nat != NatKind::None {
+        if !nat.is_public() {
             router = router.downstream_cidr(lan.parse()?);
         }
         let router = router.build().await?;
         let device = lab.add_device(name).iface("eth0", router.id()).build().await?;
         let mut site = Self { host: Host::new(device)?, nat, router, provider, boot: 0, line: None };
-        if nat == NatKind::None {
+        if nat == NatKind::Ipv6Only {
+            site.host.lose_ipv4()?;
+        }
+        if nat.is_public() {
             // patchbay routes public networks one level deep.
             let inside = site.router.downstream_cidr().context("no network")?;
             let via = site.provider.uplink_ip().context("no address")?;
@@ -77,16 +80,16 @@ impl Site {
         match nat {
             NatKind::UdpBlocked => site.block_udp()?,
             NatKind::HttpsOnly => site.only_https()?,
-            NatKind::None | NatKind::Cone | NatKind::Symmetric => {}
+            _ => {}
         }
         Ok(site)
     }
 
-    /// The address that others see.
+    /// The IPv4 address that others see.
     pub fn public_address(&self) -> anyhow::Result<Ipv4Addr> {
-        match self.nat {
-            NatKind::None => Ok(self.host.address),
-            _ => self.router.uplink_ip().context("the router has no address"),
+        match self.nat.is_public() {
+            true => Ok(self.host.address),
+            false => self.router.uplink_ip().context("the router has no address"),
         }
     }
 
@@ -181,7 +184,7 @@ impl Site {
             return Ok(None);
         }
         let mut inside: Vec<Ipv4Net> = self.provider.downstream_cidr().into_iter().collect();
-        if self.nat == NatKind::None {
+        if self.nat.is_public() {
             inside.extend(self.router.downstream_cidr());
         }
         let line = RunningLink::start(&self.provider, inside, link)?;

@@ -36,7 +36,7 @@ pub struct Config {
     pub local: Credentials,
     /// Credentials of the other end.
     pub remote: Credentials,
-    /// Servers that tell us our address, at most 8; IPv6 ones are left out.
+    /// Servers that tell us our address, at most 8. IPv4 and IPv6 addresses of one are two.
     pub stun_servers: Vec<SocketAddr>,
     /// All randomness comes from it. A secret, new for every agent.
     pub seed: [u8; 32],
@@ -85,7 +85,8 @@ pub struct Confirmed {
     pub rtt: Duration,
 }
 
-/// One end's search for a direct path in one session: a sans-IO ICE agent on one IPv4 UDP socket.
+/// One end's search for a direct path in one session: a sans-IO ICE agent on one UDP socket, of IPv4, IPv6 or both. IPv4
+/// addresses are IPv4 here, never IPv4-mapped IPv6.
 ///
 /// # Driving it
 /// `now` never runs backwards. After every call with a `now`:
@@ -176,9 +177,9 @@ impl PathAgent {
     }
 
     /// The addresses of this machine's interfaces, with the socket's port: all of them, each time they
-    /// change. IPv6 ones are left out, and what goes beyond 16.
+    /// change. IPv4 ones come first, and what goes beyond 16 is left out.
     pub fn set_host_addresses(&mut self, now: Instant, addresses: &[SocketAddr]) {
-        let mut hosts: Vec<_> = addresses.iter().copied().filter(SocketAddr::is_ipv4).collect();
+        let mut hosts = addresses.to_vec();
         hosts.sort();
         hosts.dedup();
         hosts.truncate(MAX_HOSTS);

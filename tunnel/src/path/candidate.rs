@@ -1,6 +1,6 @@
 //! Transport addresses at which an end may be reached.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// Where a candidate comes from (RFC 8445 section 5.1.1).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -41,19 +41,32 @@ pub struct Candidate {
 }
 
 /// Whether a check may be sent to `remote`, an address that somebody else named. Loopback and
-/// link-local addresses mean something only to an end that offers such addresses itself.
+/// link-local addresses mean something only to an end that offers such addresses itself, and IPv6 ones only to an end that
+/// has IPv6; one without IPv4 has IPv6.
 pub(super) fn may_check(remote: SocketAddr, hosts: &[SocketAddr]) -> bool {
-    let offers = |scope: fn(&Ipv4Addr) -> bool| {
-        hosts.iter().any(|host| matches!(host.ip(), IpAddr::V4(ip) if scope(&ip)))
+    let reaches = match remote.ip() {
+        IpAddr::V4(ip) => {
+            let offers = |scope: fn(&Ipv4Addr) -> bool| {
+                hosts.iter().any(|host| matches!(host.ip(), IpAddr::V4(ip) if scope(&ip)))
+            };
+            let [first, ..] = ip.octets();
+            // 224 and above: multicast, reserved, broadcast
+            (1..224).contains(&first)
+                && (hosts.is_empty() || hosts.iter().any(SocketAddr::is_ipv4))
+                && (!ip.is_loopback() || offers(Ipv4Addr::is_loopback))
+                && (!ip.is_link_local() || offers(Ipv4Addr::is_link_local))
+        }
+        IpAddr::V6(ip) => is_node(ip) && hosts.iter().any(SocketAddr::is_ipv6),
     };
-    let IpAddr::V4(ip) = remote.ip() else { return false };
-    let [first, ..] = ip.octets();
-    // 224 and above: multicast, reserved, broadcast
-    let unicast = (1..224).contains(&first);
-    unicast
-        && remote.port() != 0
-        && (!ip.is_loopback() || offers(Ipv4Addr::is_loopback))
-        && (!ip.is_link_local() || offers(Ipv4Addr::is_link_local))
+    reaches && remote.port() != 0
+}
+
+/// Whether this is the address of one machine: global (2000::/3) or unique local (fc00::/7), and none with an IPv4 address in
+/// it, by which somebody could aim at what the rules for IPv4 keep him from (6to4, Teredo; RFC 6890).
+fn is_node(ip: Ipv6Addr) -> bool {
+    let [first, second, ..] = ip.segments();
+    let translated = first == 0x2002 || (first, second) == (0x2001, 0);
+    (first & 0xe000 == 0x2000 && !translated) || ip.is_unique_local()
 }
 
 #[cfg(test)]
@@ -77,11 +90,30 @@ mod tests {
             "240.0.0.1:1",
             "255.255.255.255:1",
             "198.51.100.1:0",
-            "[::1]:1",
             "[2001:db8::1]:1",
         ] {
             assert!(!may_check(address(text), &hosts), "{text}");
         }
+        let hosts = [address("[2001:db8::2]:40000")];
+        for text in [
+            "[::]:1",
+            "[::1]:1",
+            "[::ffff:192.0.2.1]:1",
+            "[::192.0.2.1]:1",
+            "[64:ff9b::c000:201]:1",
+            "[2002:c000:201::1]:1",
+            "[2001:0:1::1]:1",
+            "[fe80::1]:1",
+            "[ff02::1]:1",
+            "[2001:db8::1]:0",
+            "192.0.2.1:1",
+        ] {
+            assert!(!may_check(address(text), &hosts), "{text}");
+        }
+        for text in ["[2001:db8::1]:1", "[fd00::1]:40000"] {
+            assert!(may_check(address(text), &hosts), "{text}");
+        }
+        let hosts = [address("192.168.1.2:40000")];
         for text in ["192.168.1.3:40000", "10.0.0.1:1", "198.51.100.1:65535", "100.64.0.1:1"] {
             assert!(may_check(address(text), &hosts), "{text}");
         }
