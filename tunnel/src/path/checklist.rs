@@ -152,11 +152,12 @@ impl Checklist {
         self.pairs.iter().find(|pair| pair.remote.address == remote)
     }
 
-    /// Adds a pair, unless there is one to that address or no room. A signalled candidate tells more
-    /// about an address than a check that came from it.
+    /// Adds a pair, unless there is one to that address or no room. The best that is known of an address counts: what the
+    /// peer says of its own host's tells more than what a server or a check shows.
     pub(super) fn add(&mut self, now: Instant, remote: Candidate) {
         if let Some(pair) = self.get_mut(remote.address) {
-            if pair.remote.kind == CandidateKind::PeerReflexive {
+            // A reflexive one stays what it was first, except that a server's is more than a check's.
+            if remote.kind == CandidateKind::Host || pair.remote.kind == CandidateKind::PeerReflexive {
                 pair.remote.kind = remote.kind;
             }
         } else if self.pairs.len() < MAX_PAIRS {
@@ -395,6 +396,17 @@ mod tests {
         checklist.nominate(failed);
         assert_eq!(checklist.pairs()[1].state, CheckState::Failed);
         assert_eq!(send(&mut checklist, failed, 0), [(0, 1, true)]);
+    }
+
+    #[test]
+    fn the_peers_word_on_its_host_counts_more_than_what_the_mediator_saw_before() {
+        let start = Instant::now();
+        let mut checklist = Checklist::default();
+        for kind in [CandidateKind::ServerReflexive, CandidateKind::Host, CandidateKind::ServerReflexive] {
+            checklist.add(start, candidate(kind, 1));
+        }
+        assert_eq!(checklist.pairs().len(), 1);
+        assert_eq!(checklist.pairs()[0].remote.kind, CandidateKind::Host);
     }
 
     #[test]

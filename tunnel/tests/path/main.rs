@@ -23,7 +23,7 @@ const fn seconds(count: u64) -> Duration {
 /// Which pairs must become direct. Whatever a symmetric NAT does to its ports, its first datagram gets
 /// through to an end that does not filter; one that does waits for the wrong port.
 fn becomes_direct(one: Kind, other: Kind) -> bool {
-    let filters = |kind| matches!(kind, Kind::PortRestricted | Kind::Symmetric);
+    let filters = |kind| matches!(kind, Kind::Firewall | Kind::PortRestricted | Kind::Symmetric);
     match (one, other) {
         (Kind::Blocked, _) | (_, Kind::Blocked) => false,
         (Kind::Symmetric, other) | (other, Kind::Symmetric) => !filters(other),
@@ -45,6 +45,54 @@ fn every_pair_of_nats() {
             }
         }
     }
+}
+
+#[test]
+fn ipv6_is_taken_where_both_have_it() {
+    for technician in Kind::ALL {
+        for agent in Kind::ALL {
+            let mut world = World::with_ipv6(technician, agent, [true, true], 1);
+            let took = world.run_while_not(seconds(5), World::is_direct);
+            assert!(took.is_some_and(|took| took <= millis(250)), "{technician:?} x {agent:?}: {took:?}");
+            let (_, confirmed) = world.technician.confirmed[0];
+            let public = agent.is_public();
+            assert!(confirmed.remote.address.is_ipv6() || public, "{technician:?} x {agent:?}");
+            assert_eq!(confirmed.remote.kind, CandidateKind::Host);
+        }
+    }
+}
+
+#[test]
+fn ipv6_at_one_end_changes_nothing() {
+    for (index, technician, agent) in
+        [(0, Kind::PortRestricted, Kind::Open), (1, Kind::PortRestricted, Kind::PortRestricted)]
+    {
+        let mut has_ipv6 = [false; 2];
+        has_ipv6[index] = true;
+        let mut world = World::with_ipv6(technician, agent, has_ipv6, 1);
+        world.run_while_not(millis(250), World::is_direct).expect("a direct path");
+        assert!(world.technician.carrier_remote().is_some_and(|remote| remote.is_ipv4()));
+    }
+}
+
+#[test]
+fn ipv6_comes_and_goes() {
+    let mut world = World::with_ipv6(Kind::PortRestricted, Kind::PortRestricted, [true, true], 1);
+    world.run_while_not(seconds(1), World::is_direct).expect("a direct path");
+    assert!(world.technician.carrier_remote().is_some_and(|remote| remote.is_ipv6()));
+    world.run_for(seconds(31));
+    world.lose_ipv6(1);
+    let moved = world.run_while_not(seconds(5), |world| {
+        world.is_direct() && world.technician.carrier_remote().is_some_and(|remote| remote.is_ipv4())
+    });
+    assert!(moved.is_some_and(|took| took <= seconds(2)), "{moved:?}");
+    // No common version but IPv6, after a time.
+    let mut world = World::new(Kind::Symmetric, Kind::PortRestricted, 1);
+    world.run_for(seconds(300));
+    assert!(!world.is_direct());
+    world.gain_ipv6(0);
+    world.gain_ipv6(1);
+    world.run_while_not(seconds(1), World::is_direct).expect("a direct path");
 }
 
 #[test]
@@ -317,7 +365,7 @@ fn any_kind() -> impl Strategy<Value = Kind> {
 fn any_fault() -> impl Strategy<Value = Fault> {
     prop_oneof![
         // An end does not get a public address meanwhile.
-        3 => (0usize..2, any_kind().prop_filter("public", |kind| *kind != Kind::Open))
+        3 => (0usize..2, any_kind().prop_filter("public", |kind| !kind.is_public()))
             .prop_map(|(end, kind)| Fault::Nat(end, kind)),
         1 => any::<bool>().prop_map(Fault::Carrier),
     ]

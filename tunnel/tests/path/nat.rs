@@ -8,6 +8,8 @@ use std::net::{IpAddr, SocketAddr};
 pub(crate) enum Kind {
     /// Nothing: hosts have public addresses, everything comes in.
     Open,
+    /// Hosts have public addresses; nothing comes in but from where something went.
+    Firewall,
     /// Endpoint-independent mapping, no filtering.
     FullCone,
     /// Endpoint-independent mapping, address and port dependent filtering.
@@ -19,8 +21,13 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 5] =
-        [Self::Open, Self::FullCone, Self::PortRestricted, Self::Symmetric, Self::Blocked];
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Open, Self::Firewall, Self::FullCone, Self::PortRestricted, Self::Symmetric, Self::Blocked];
+
+    /// Hosts have public addresses.
+    pub(crate) fn is_public(self) -> bool {
+        matches!(self, Self::Open | Self::Firewall)
+    }
 }
 
 pub(crate) struct Nat {
@@ -55,6 +62,10 @@ impl Nat {
         let key = match self.kind {
             Kind::Blocked => return None,
             Kind::Open => return Some(inside),
+            Kind::Firewall => {
+                self.sent.insert((inside.port(), destination));
+                return Some(inside);
+            }
             Kind::FullCone | Kind::PortRestricted => (inside, None),
             Kind::Symmetric => (inside, Some(destination)),
         };
@@ -72,6 +83,7 @@ impl Nat {
         let permitted = match self.kind {
             Kind::Blocked => return None,
             Kind::Open => return Some(destination),
+            Kind::Firewall => return self.sent.contains(&(port, source)).then_some(destination),
             Kind::FullCone => true,
             Kind::PortRestricted | Kind::Symmetric => self.sent.contains(&(port, source)),
         };

@@ -10,6 +10,7 @@ use adit_tunnel::path::{Config, Confirmed, Credentials, Event, IceRole, PathAgen
 use crate::nat::{Kind, Nat};
 
 pub(crate) const STUN_SERVER: &str = "203.0.113.53:8002";
+const STUN_SERVER_6: &str = "[2001:db8:53::1]:8002";
 /// A datagram of the carrier: not STUN. QUIC's first is of full size.
 const INITIAL: [u8; 1200] = [0xc0; 1200];
 const PING: [u8; 40] = [0x40; 40];
@@ -42,6 +43,8 @@ pub(crate) struct World {
     pub(crate) internet: Link,
     pub(crate) relay: Link,
     pub(crate) nats: [Nat; 2],
+    /// What stands between the networks and the rest of the world by IPv6.
+    pub(crate) firewalls: [Nat; 2],
     pub(crate) technician: End,
     pub(crate) agent: End,
     /// Longest datagram that gets from the technician to the agent, and back.
@@ -69,6 +72,8 @@ enum Delivery {
 pub(crate) struct End {
     pub(crate) path: PathAgent,
     pub(crate) address: SocketAddr,
+    /// Its IPv6 address, if it has one.
+    pub(crate) address6: Option<SocketAddr>,
     /// The network that it is in: an index of [`World::nats`].
     site: usize,
     /// After this time without a sign of life a carrier is dead.
@@ -95,6 +100,31 @@ impl World {
         Self::at_sites(technician, agent, [0, 1], seed)
     }
 
+    /// Ends of which these have IPv6, too, behind stateful firewalls.
+    pub(crate) fn with_ipv6(technician: Kind, agent: Kind, has_ipv6: [bool; 2], seed: u64) -> Self {
+        let mut world = Self::new(technician, agent, seed);
+        for (index, has_ipv6) in has_ipv6.into_iter().enumerate() {
+            if has_ipv6 {
+                world.gain_ipv6(index);
+            }
+        }
+        world
+    }
+
+    pub(crate) fn gain_ipv6(&mut self, index: usize) {
+        let now = self.now;
+        let end = self.end(index);
+        end.address6 = Some(format!("[2001:db8:{index}::10]:40000").parse().expect("an address"));
+        end.list_addresses(now);
+    }
+
+    pub(crate) fn lose_ipv6(&mut self, index: usize) {
+        let now = self.now;
+        let end = self.end(index);
+        end.address6 = None;
+        end.list_addresses(now);
+    }
+
     /// Both behind the first NAT.
     pub(crate) fn on_one_network(kind: Kind, seed: u64) -> Self {
         Self::at_sites(kind, kind, [0, 0], seed)
@@ -107,7 +137,7 @@ impl World {
         let nats = [Nat::new(technician, nats[0]), Nat::new(agent, nats[1])];
         let [technician, agent] = [IceRole::Controlling, IceRole::Controlled].map(|role| {
             let index = usize::from(role == IceRole::Controlled);
-            let public = kinds[index] == Kind::Open;
+            let public = kinds[index].is_public();
             let address = match (public, index) {
                 (true, 0) => "192.0.2.10:40000",
                 (true, _) => "192.0.2.20:40000",
@@ -116,6 +146,8 @@ impl World {
             };
             End::new(now, role, address.parse().expect("an address"), sites[index], seed)
         });
+        let firewalls = ["2001:db8::", "2001:db8:1::"];
+        let firewalls = firewalls.map(|net| Nat::new(Kind::Firewall, net.parse().expect("an address")));
         let link = Link::good(Duration::from_millis(20));
         Self {
             now,
@@ -126,6 +158,7 @@ impl World {
             internet: link,
             relay: link,
             nats,
+            firewalls,
             technician,
             agent,
             longest: [usize::MAX; 2],
@@ -189,7 +222,7 @@ impl World {
                 self.end(to).path.handle_message(now, &bytes).expect("the peer's message is good");
             }
             Delivery::Datagram { source, destination, payload, .. }
-                if destination == STUN_SERVER.parse().expect("an address") =>
+                if [STUN_SERVER, STUN_SERVER_6].map(|server| server.parse()).contains(&Ok(destination)) =>
             {
                 if let Some(payload) = stun::binding_response(&payload, source).filter(|_| self.stun_answers)
                 {
@@ -208,15 +241,16 @@ impl World {
                 }
                 let now = self.now;
                 for index in 0..2 {
-                    let (site, address) = (self.end(index).site, self.end(index).address);
+                    let (site, address) = (self.end(index).site, self.end(index).own(destination));
+                    let Some(address) = address else { continue };
                     let from_inside = from < 2 && from != index && self.end(from).site == site;
                     let inside = if from_inside && destination == address {
                         Some(destination)
                     } else if from_inside {
                         None // no hairpin
                     } else {
-                        let nat = &self.nats[site];
-                        let reaches = nat.is_public(destination.ip()) || nat.kind == Kind::Open;
+                        let nat = self.nat(site, destination);
+                        let reaches = nat.is_public(destination.ip()) || nat.kind.is_public();
                         reaches.then(|| nat.inbound(source, destination)).flatten()
                     };
                     if inside == Some(address) && from != index {
@@ -236,11 +270,15 @@ impl World {
                 self.post(Delivery::Message { to: 1 - index, bytes });
             }
             for Transmit { destination, payload } in transmits {
-                let (site, address) = (self.end(index).site, self.end(index).address);
-                let neighbour =
-                    self.end(1 - index).site == site && self.end(1 - index).address == destination;
-                let source =
-                    if neighbour { Some(address) } else { self.nats[site].outbound(address, destination) };
+                let (site, address) = (self.end(index).site, self.end(index).own(destination));
+                let Some(address) = address else { continue };
+                let neighbour = self.end(1 - index).site == site
+                    && self.end(1 - index).own(destination) == Some(destination);
+                let source = if neighbour {
+                    Some(address)
+                } else {
+                    self.nat(site, destination).outbound(address, destination)
+                };
                 if let Some(source) = source {
                     self.post(Delivery::Datagram { source, destination, payload, from: index });
                 }
@@ -276,6 +314,11 @@ impl World {
         (mixed ^ (mixed >> 31)) % bound
     }
 
+    /// What stands between this site and addresses of that version.
+    fn nat(&mut self, site: usize, version: SocketAddr) -> &mut Nat {
+        if version.is_ipv4() { &mut self.nats[site] } else { &mut self.firewalls[site] }
+    }
+
     fn end(&mut self, index: usize) -> &mut End {
         if index == 0 { &mut self.technician } else { &mut self.agent }
     }
@@ -302,7 +345,7 @@ pub(crate) fn config(role: IceRole, seed: u64) -> Config {
         role,
         local: credentials(role),
         remote: credentials(other),
-        stun_servers: vec![STUN_SERVER.parse().expect("an address")],
+        stun_servers: [STUN_SERVER, STUN_SERVER_6].map(|server| server.parse().expect("an address")).into(),
         seed: bytes,
     }
 }
@@ -314,6 +357,7 @@ impl End {
         Self {
             path,
             address,
+            address6: None,
             site,
             silence: Duration::from_secs(1),
             controlling: role == IceRole::Controlling,
@@ -325,6 +369,16 @@ impl End {
             messages: 0,
             datagrams: 0,
         }
+    }
+
+    /// From where it sends to addresses of that version.
+    fn own(&self, version: SocketAddr) -> Option<SocketAddr> {
+        if version.is_ipv4() { Some(self.address) } else { self.address6 }
+    }
+
+    fn list_addresses(&mut self, now: Instant) {
+        let addresses: Vec<_> = [self.address].into_iter().chain(self.address6).collect();
+        self.path.set_host_addresses(now, &addresses);
     }
 
     pub(crate) fn carrier_remote(&self) -> Option<SocketAddr> {
