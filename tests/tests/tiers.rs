@@ -22,6 +22,8 @@ lab_tests!(
     dual_stack_and_dual_stack_are_direct,
     dual_stack_and_cone_are_direct,
     ipv6_only_and_cone_stay_on_the_relay,
+    sequential_and_cone_are_direct,
+    sequential_and_firewall_are_direct,
     symmetric_and_symmetric_stay_on_the_relay,
     udp_blocked_at_the_agent_stays_on_the_relay,
     udp_blocked_at_the_technician_stays_on_the_relay
@@ -76,6 +78,16 @@ async fn dual_stack_and_cone_are_direct() -> anyhow::Result<()> {
     direct(NatKind::DualStack, NatKind::Cone).await
 }
 
+async fn sequential_and_cone_are_direct() -> anyhow::Result<()> {
+    direct(NatKind::Sequential, NatKind::Cone).await?;
+    direct(NatKind::Cone, NatKind::Sequential).await
+}
+
+async fn sequential_and_firewall_are_direct() -> anyhow::Result<()> {
+    direct(NatKind::Sequential, NatKind::Firewall).await?;
+    direct(NatKind::Firewall, NatKind::Sequential).await
+}
+
 /// They have no IP version in common; each reaches the relay by its own.
 async fn ipv6_only_and_cone_stay_on_the_relay() -> anyhow::Result<()> {
     relayed(NatKind::Ipv6Only, NatKind::Cone).await?;
@@ -98,7 +110,9 @@ const BYTES: u64 = 16 << 20;
 const DEADLINE: Duration = Duration::from_secs(30);
 
 async fn direct(agent: NatKind, technician: NatKind) -> anyhow::Result<()> {
-    let world = World::up(Setup::new(Topology::new(agent, technician))).await?;
+    // Two servers tell whether a NAT takes ports in turn.
+    let relays = usize::from([agent, technician].contains(&NatKind::Sequential));
+    let world = World::up(Setup::new(Topology::new(agent, technician).relays(relays))).await?;
     let transfers = TransferServer::start(&world.lab.agent.host).await?;
     let forward = world.forward(&[&format!("127.0.0.1:{}", transfers.port)]).await?;
     let event = forward.reaches("direct", Duration::from_secs(10)).await?;

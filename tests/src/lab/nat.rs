@@ -6,6 +6,9 @@ use std::str::FromStr;
 
 use patchbay::IpSupport;
 
+/// So many ports a [`NatKind::Sequential`] takes in turn, before it begins anew.
+const SEQUENCE: u32 = 4096;
+
 /// The NAT of a site's router, in the words of RFC 4787.
 ///
 /// patchbay has presets for some of these. The lab has rules of its own, because a reboot must lead
@@ -21,6 +24,8 @@ pub enum NatKind {
     Cone,
     /// Symmetric: a new random port for each destination, address- and port-dependent filtering.
     Symmetric,
+    /// As [`NatKind::Symmetric`], with one port after the other.
+    Sequential,
     /// As [`NatKind::Cone`], and no UDP but DNS passes, in either direction.
     UdpBlocked,
     /// As [`NatKind::Cone`], and nothing passes but DNS and TCP connections to port 443.
@@ -33,11 +38,12 @@ pub enum NatKind {
 
 impl NatKind {
     /// All kinds.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::None,
         Self::Firewall,
         Self::Cone,
         Self::Symmetric,
+        Self::Sequential,
         Self::UdpBlocked,
         Self::HttpsOnly,
         Self::DualStack,
@@ -74,6 +80,15 @@ impl NatKind {
                 )
             }
             Self::Symmetric => format!("oifname {wan} masquerade fully-random"),
+            Self::Sequential => {
+                let first = 20_000 + u32::from(boot) * 16;
+                let ports =
+                    (0..SEQUENCE).map(|n| format!("{n} : {}", first + n)).collect::<Vec<_>>().join(", ");
+                format!(
+                    "oifname {wan} meta l4proto udp snat ip to {address} : numgen inc mod {SEQUENCE} map {{ {ports} }}
+                     oifname {wan} masquerade fully-random"
+                )
+            }
         };
         format!(
             "add table ip adit_nat
@@ -110,6 +125,7 @@ impl fmt::Display for NatKind {
             Self::Firewall => "firewall",
             Self::Cone => "cone",
             Self::Symmetric => "symmetric",
+            Self::Sequential => "sequential",
             Self::UdpBlocked => "udp-blocked",
             Self::HttpsOnly => "https-only",
             Self::DualStack => "dual-stack",

@@ -443,7 +443,11 @@ impl PathAgent {
             .iter()
             .map(|address| Candidate { kind: CandidateKind::ServerReflexive, address: *address });
         for candidate in self.exchange.theirs().candidates.iter().copied().chain(seen) {
-            if may_check(candidate.address, &self.hosts) && !self.hosts.contains(&candidate.address) {
+            // Each check of ours would take a port of our NAT, and the peer's own guesses would be wrong.
+            let hopeless =
+                candidate.kind == CandidateKind::Predicted && self.gatherer.depends_on_destination();
+            let is_ours = self.hosts.contains(&candidate.address);
+            if may_check(candidate.address, &self.hosts) && !is_ours && !hopeless {
                 round.checklist.add(now, candidate);
             }
         }
@@ -558,7 +562,10 @@ impl PathAgent {
             .iter()
             .filter(|address| !self.hosts.contains(address))
             .map(|address| (CandidateKind::ServerReflexive, *address));
-        let candidates = hosts.chain(mapped).map(|(kind, address)| Candidate { kind, address }).collect();
+        let predicted = self.gatherer.predicted();
+        let predicted = predicted.iter().map(|address| (CandidateKind::Predicted, *address));
+        let candidates = hosts.chain(mapped).chain(predicted);
+        let candidates = candidates.map(|(kind, address)| Candidate { kind, address }).collect();
         State { round: self.round_number, want_round: self.want_round, candidates }
     }
 

@@ -11,6 +11,8 @@ pub enum CandidateKind {
     ServerReflexive,
     /// The address that the peer saw, in a check.
     PeerReflexive,
+    /// An address that a NAT is expected to use next: one that counts its ports up or down (RFC 5128 section 3.4).
+    Predicted,
 }
 
 impl CandidateKind {
@@ -20,6 +22,8 @@ impl CandidateKind {
             Self::Host => 126,
             Self::PeerReflexive => 110,
             Self::ServerReflexive => 100,
+            // Ours: below all that is known, and above relayed (0).
+            Self::Predicted => 50,
         }
     }
 

@@ -25,6 +25,8 @@ const FULL_PAUSES: [Duration; 3] = [Duration::from_millis(100), Duration::from_m
 const MILLIS_400: Duration = Duration::from_millis(400);
 const MILLIS_600: Duration = Duration::from_millis(600);
 const MILLIS_800: Duration = Duration::from_millis(800);
+/// Checks to an address that is only expected: enough to open our own NAT for it.
+const PREDICTED_CHECKS: usize = 3;
 /// Checks of a pair that may still be answered; older ones are forgotten.
 const MAX_OUTSTANDING: usize = 12;
 /// How long the controlling side waits, after the first success, for a pair that it likes better. That
@@ -156,8 +158,14 @@ impl Checklist {
     /// peer says of its own host's tells more than what a server or a check shows.
     pub(super) fn add(&mut self, now: Instant, remote: Candidate) {
         if let Some(pair) = self.get_mut(remote.address) {
+            use CandidateKind::{Host, PeerReflexive, Predicted};
             // A reflexive one stays what it was first, except that a server's is more than a check's.
-            if remote.kind == CandidateKind::Host || pair.remote.kind == CandidateKind::PeerReflexive {
+            let is_more = match pair.remote.kind {
+                Predicted => true,
+                PeerReflexive => remote.kind != Predicted,
+                _ => remote.kind == Host,
+            };
+            if is_more {
                 pair.remote.kind = remote.kind;
             }
         } else if self.pairs.len() < MAX_PAIRS {
@@ -253,7 +261,8 @@ impl Checklist {
         if pair.state == CheckState::Waiting {
             pair.state = CheckState::InProgress;
         }
-        pair.due = Some(now + pair.pause());
+        let is_last = pair.remote.kind == CandidateKind::Predicted && pair.attempts + 1 >= PREDICTED_CHECKS;
+        pair.due = Some(now + pair.pause()).filter(|_| !is_last);
         pair.attempts += 1;
         pair.last_sent = Some(now);
         if pair.outstanding.len() == MAX_OUTSTANDING {

@@ -1,4 +1,4 @@
-//! Asks STUN servers how they see our socket: the server-reflexive candidates.
+//! Asks STUN servers how they see our socket: the server-reflexive candidates, and from two of them how the NAT maps.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -12,6 +12,15 @@ const MAX_SERVERS: usize = 8;
 const RETRANSMIT: [Duration; 5] =
     [Duration::from_millis(200), Duration::from_millis(400), MILLIS_800, MILLIS_800, MILLIS_800];
 const MILLIS_800: Duration = Duration::from_millis(800);
+
+/// A NAT that takes ports in turn is at most so many further when the next server is asked: others take ports, too.
+const MAX_STEP: u16 = 32;
+/// So many ports ahead are expected for the peer: ours to each of its addresses, and what others take meanwhile. And so many
+/// behind, for a NAT that has restarted: our checks may have been there before the servers were asked anew.
+const AHEAD: u16 = 12;
+const BEHIND: u16 = 6;
+/// Below it no NAT takes ports in turn.
+const LEAST_PORT: u16 = 1024;
 
 /// All servers of one agent.
 pub(super) struct Gatherer {
@@ -57,6 +66,42 @@ impl Gatherer {
         mapped.sort();
         mapped.dedup();
         mapped
+    }
+
+    /// Whether servers see us at different IPv4 ports: the NAT's mapping depends on the destination (RFC 4787 section 4.1).
+    pub(super) fn depends_on_destination(&self) -> bool {
+        let seen = self.seen_by_ipv4();
+        seen.iter().any(|mapped| *mapped != seen[0])
+    }
+
+    /// The addresses that the NAT is expected to use for others, the likeliest first, where it takes one port after the other.
+    pub(super) fn predicted(&self) -> Vec<SocketAddr> {
+        let seen = self.seen_by_ipv4();
+        let (Some(first), Some(last)) = (seen.first(), seen.last()) else { return vec![] };
+        let is_step = |from: &SocketAddr, to: &SocketAddr| {
+            from.ip() == to.ip() && (1..=MAX_STEP).contains(&to.port().wrapping_sub(from.port()))
+        };
+        let up = seen.windows(2).all(|pair| is_step(&pair[0], &pair[1]));
+        let down = seen.windows(2).all(|pair| is_step(&pair[1], &pair[0]));
+        // Neither, or only one is known.
+        if up == down {
+            return vec![];
+        }
+        let step = if up { 1 } else { u16::MAX };
+        let ports = |from: &SocketAddr, step: u16, count| {
+            let from = from.port();
+            (1..=count).map(move |n: u16| from.wrapping_add(step.wrapping_mul(n)))
+        };
+        ports(last, step, AHEAD)
+            .chain(ports(first, step.wrapping_neg(), BEHIND))
+            .filter(|port| *port >= LEAST_PORT)
+            .map(|port| SocketAddr::new(last.ip(), port))
+            .collect()
+    }
+
+    /// As each server sees us, in the order in which they are asked.
+    fn seen_by_ipv4(&self) -> Vec<SocketAddr> {
+        self.servers.iter().filter_map(|server| server.mapped).filter(SocketAddr::is_ipv4).collect()
     }
 
     pub(super) fn due(&self) -> Option<Instant> {
@@ -117,5 +162,39 @@ mod tests {
         assert_eq!(gatherer.mapped(), [address("198.51.100.1:1")]);
         assert!(!gatherer.answered(server, address("198.51.100.1:1")));
         assert!(gatherer.answered(server, address("198.51.100.1:2")));
+    }
+
+    fn seen_at(ports: &[u16]) -> Gatherer {
+        let servers = (0..ports.len()).map(|n| address(&format!("192.0.2.{n}:8002"))).collect::<Vec<_>>();
+        let mut gatherer = Gatherer::new(servers.clone());
+        gatherer.start(Instant::now());
+        for (server, port) in servers.iter().zip(ports) {
+            gatherer.answered(*server, address(&format!("198.51.100.1:{port}")));
+        }
+        gatherer
+    }
+
+    #[test]
+    fn ports_that_are_taken_in_turn_are_predicted() {
+        let ports =
+            |seen: &[u16]| -> Vec<u16> { seen_at(seen).predicted().iter().map(SocketAddr::port).collect() };
+        let up = |ahead: u16, behind: u16| -> Vec<u16> {
+            (ahead..ahead + AHEAD).chain((behind - BEHIND..behind).rev()).collect()
+        };
+        assert_eq!(ports(&[5000, 5001]), up(5002, 5000));
+        // Others take some, too.
+        assert_eq!(ports(&[5000, 5003, 5004]), up(5005, 5000));
+        let down: Vec<u16> = (5000 - AHEAD..5000).rev().chain(5005..5005 + BEHIND).collect();
+        assert_eq!(ports(&[5004, 5003, 5000]), down);
+        assert_eq!(
+            ports(&[65_533, 65_535]),
+            [65_532, 65_531, 65_530, 65_529, 65_528, 65_527],
+            "0 is no port"
+        );
+        for seen in [&[5000][..], &[5000, 5000], &[5000, 40_000], &[5000, 5001, 4999], &[5000, 5033], &[]] {
+            assert_eq!(ports(seen), Vec::<u16>::new(), "{seen:?}");
+        }
+        assert!(seen_at(&[5000, 5001]).depends_on_destination());
+        assert!(!seen_at(&[5000, 5000]).depends_on_destination() && !seen_at(&[]).depends_on_destination());
     }
 }

@@ -134,9 +134,9 @@ fn number(bytes: &mut &[u8]) -> Result<u64, InvalidMessage> {
 }
 
 fn candidate(kind: u8, body: &[u8]) -> Option<Candidate> {
-    let kind = [CandidateKind::Host, CandidateKind::ServerReflexive, CandidateKind::PeerReflexive]
-        .into_iter()
-        .find(|known| kind_byte(*known) == kind)?;
+    use CandidateKind::{Host, PeerReflexive, Predicted, ServerReflexive};
+    let all = [Host, ServerReflexive, PeerReflexive, Predicted];
+    let kind = all.into_iter().find(|known| kind_byte(*known) == kind)?;
     let (ip, port) = body.split_last_chunk()?;
     let ip = <[u8; 4]>::try_from(ip)
         .map(IpAddr::from)
@@ -150,6 +150,7 @@ fn kind_byte(kind: CandidateKind) -> u8 {
         CandidateKind::Host => 0,
         CandidateKind::ServerReflexive => 1,
         CandidateKind::PeerReflexive => 2,
+        CandidateKind::Predicted => 3,
     }
 }
 
@@ -217,7 +218,7 @@ mod tests {
     }
 
     prop_compose! {
-        fn any_candidate()(kind in 0u8..3, v6: bool, ip: [u8; 16], port: u16) -> Candidate {
+        fn any_candidate()(kind in 0u8..4, v6: bool, ip: [u8; 16], port: u16) -> Candidate {
             let mut body = if v6 { ip.to_vec() } else { ip[..4].to_vec() };
             body.extend(port.to_be_bytes());
             candidate(kind, &body).expect("a candidate")

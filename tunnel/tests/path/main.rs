@@ -21,12 +21,14 @@ const fn seconds(count: u64) -> Duration {
 }
 
 /// Which pairs must become direct. Whatever a symmetric NAT does to its ports, its first datagram gets
-/// through to an end that does not filter; one that does waits for the wrong port.
+/// through to an end that does not filter; one that does waits for the wrong port, unless that can be predicted.
 fn becomes_direct(one: Kind, other: Kind) -> bool {
-    let filters = |kind| matches!(kind, Kind::Firewall | Kind::PortRestricted | Kind::Symmetric);
+    let filters =
+        |kind| matches!(kind, Kind::Firewall | Kind::PortRestricted | Kind::Symmetric | Kind::Sequential);
     match (one, other) {
         (Kind::Blocked, _) | (_, Kind::Blocked) => false,
         (Kind::Symmetric, other) | (other, Kind::Symmetric) => !filters(other),
+        (Kind::Sequential, Kind::Sequential) => false,
         _ => true,
     }
 }
@@ -40,7 +42,9 @@ fn every_pair_of_nats() {
             let expected = becomes_direct(technician, agent);
             assert_eq!(took.is_some(), expected, "{technician:?} x {agent:?}: {took:?}");
             if let Some(took) = took {
-                assert!(took <= millis(250), "{technician:?} x {agent:?} took {took:?}");
+                let sequential = [technician, agent].contains(&Kind::Sequential);
+                let most = millis(if sequential { 400 } else { 250 });
+                assert!(took <= most, "{technician:?} x {agent:?} took {took:?}");
                 assert_eq!(world.agent.refused_initials, 0, "{technician:?} x {agent:?}");
             }
         }
@@ -421,7 +425,10 @@ proptest! {
         // What is left of an old path goes silent.
         world.run_for(seconds(3));
         let direct = world.run_while_not(seconds(150), World::is_direct).is_some();
-        prop_assert_eq!(direct, becomes_direct(technician, agent), "{:?} x {:?}", technician, agent);
+        // A port is predicted from mappings to the servers. Those that are old say nothing of a destination that is new.
+        let by_luck = !direct && [technician, agent].contains(&Kind::Sequential);
+        let expected = becomes_direct(technician, agent);
+        prop_assert!(direct == expected || by_luck, "{technician:?} x {agent:?}: direct: {direct}");
         let sent = world.technician.datagrams.max(world.agent.datagrams) as u64;
         prop_assert!(sent <= 200 + 15 * world.elapsed().as_secs(), "{} datagrams", sent);
     }

@@ -16,13 +16,22 @@ pub(crate) enum Kind {
     PortRestricted,
     /// Address and port dependent mapping and filtering, random ports.
     Symmetric,
+    /// The same with one port after the other, of which somebody else takes some.
+    Sequential,
     /// No UDP goes through.
     Blocked,
 }
 
 impl Kind {
-    pub(crate) const ALL: [Self; 6] =
-        [Self::Open, Self::Firewall, Self::FullCone, Self::PortRestricted, Self::Symmetric, Self::Blocked];
+    pub(crate) const ALL: [Self; 7] = [
+        Self::Open,
+        Self::Firewall,
+        Self::FullCone,
+        Self::PortRestricted,
+        Self::Symmetric,
+        Self::Sequential,
+        Self::Blocked,
+    ];
 
     /// Hosts have public addresses.
     pub(crate) fn is_public(self) -> bool {
@@ -50,7 +59,7 @@ impl Nat {
         self.mappings.clear();
         self.sent.clear();
         self.ports_used += 5_000;
-        self.ports_used %= 50_000;
+        self.ports_used %= 30_000;
     }
 
     pub(crate) fn is_public(&self, ip: IpAddr) -> bool {
@@ -67,11 +76,16 @@ impl Nat {
                 return Some(inside);
             }
             Kind::FullCone | Kind::PortRestricted => (inside, None),
-            Kind::Symmetric => (inside, Some(destination)),
+            Kind::Symmetric | Kind::Sequential => (inside, Some(destination)),
         };
         let port = *self.mappings.entry(key).or_insert_with(|| {
-            self.ports_used += 7;
-            10_000 + self.ports_used
+            self.ports_used += 1;
+            match self.kind {
+                // Every third one is somebody else's.
+                Kind::Sequential => 10_000 + self.ports_used + self.ports_used / 2,
+                // Meets every port of a range once.
+                _ => 30_000 + (u32::from(self.ports_used) * 7_919 % 35_000) as u16,
+            }
         });
         self.sent.insert((port, destination));
         Some(SocketAddr::new(self.public, port))
@@ -85,7 +99,7 @@ impl Nat {
             Kind::Open => return Some(destination),
             Kind::Firewall => return self.sent.contains(&(port, source)).then_some(destination),
             Kind::FullCone => true,
-            Kind::PortRestricted | Kind::Symmetric => self.sent.contains(&(port, source)),
+            Kind::PortRestricted | Kind::Symmetric | Kind::Sequential => self.sent.contains(&(port, source)),
         };
         let mapping = self.mappings.iter().find(|(_, outside)| **outside == port)?;
         permitted.then_some(mapping.0.0)

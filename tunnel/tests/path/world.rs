@@ -9,8 +9,8 @@ use adit_tunnel::path::{Config, Confirmed, Credentials, Event, IceRole, PathAgen
 
 use crate::nat::{Kind, Nat};
 
-pub(crate) const STUN_SERVER: &str = "203.0.113.53:8002";
-const STUN_SERVER_6: &str = "[2001:db8:53::1]:8002";
+/// Two by IPv4 on different machines, and one by IPv6.
+const STUN_SERVERS: [&str; 3] = ["203.0.113.53:8002", "203.0.113.54:8002", "[2001:db8:53::1]:8002"];
 /// A datagram of the carrier: not STUN. QUIC's first is of full size.
 const INITIAL: [u8; 1200] = [0xc0; 1200];
 const PING: [u8; 40] = [0x40; 40];
@@ -222,7 +222,7 @@ impl World {
                 self.end(to).path.handle_message(now, &bytes).expect("the peer's message is good");
             }
             Delivery::Datagram { source, destination, payload, .. }
-                if [STUN_SERVER, STUN_SERVER_6].map(|server| server.parse()).contains(&Ok(destination)) =>
+                if STUN_SERVERS.map(|server| server.parse()).contains(&Ok(destination)) =>
             {
                 if let Some(payload) = stun::binding_response(&payload, source).filter(|_| self.stun_answers)
                 {
@@ -345,7 +345,7 @@ pub(crate) fn config(role: IceRole, seed: u64) -> Config {
         role,
         local: credentials(role),
         remote: credentials(other),
-        stun_servers: [STUN_SERVER, STUN_SERVER_6].map(|server| server.parse().expect("an address")).into(),
+        stun_servers: STUN_SERVERS.map(|server| server.parse().expect("an address")).into(),
         seed: bytes,
     }
 }
