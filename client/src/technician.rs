@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use adit_protocol::control::{
-    AgentInfo, Closed, Down, List, Open, Redirect, Redirected, Refused, RefusedCode, Up, Web,
+    AgentInfo, Closed, Down, List, Open, PROOF, Redirect, Redirected, Refused, RefusedCode, Up, Web,
 };
 use adit_protocol::{Target, Wanted};
 use adit_tunnel::session::End;
@@ -30,6 +30,9 @@ const REDIRECTED: Duration = Duration::from_secs(30);
 /// How long the port's name may take to resolve, and the port to see from where this machine comes: less than
 /// [`adit_protocol::control::PROVING`], so that whoever uses it afterwards finds it ready.
 const SEEN: Duration = Duration::from_secs(3);
+
+/// How long it may take by the other IP version, when one has led there.
+const OTHER: Duration = Duration::from_millis(300);
 
 /// A technician's device with its control channel.
 pub struct Technician {
@@ -96,7 +99,8 @@ impl Technician {
     }
 
     /// Asks for a port on the server that leads to `target`, for `time`, for connections from `source` only; without one,
-    /// from where the port sees this machine. With `web`, for pages in place of the port. It is open when this returns.
+    /// from where the port sees this machine: see [`RedirectedPort::look`]. With `web`, for pages in place of the port. It is open
+    /// when this returns.
     ///
     /// # Errors
     /// [`TechnicianError`].
@@ -125,11 +129,7 @@ impl Technician {
         match self.hub.request_within(REDIRECTED, redirect).await? {
             Down::Redirected(redirected) => {
                 let ended = self.hub.watch(&redirected.session);
-                let mut port = RedirectedPort { redirected, is_reached: true, ended };
-                if port.redirected.link.is_empty() {
-                    port.look().await;
-                }
-                Ok(port)
+                Ok(RedirectedPort { redirected, is_reached: true, ended })
             }
             Down::Refused(refused) => Err(TechnicianError::refused(refused)),
             _ => Err(TechnicianError::Gone),
@@ -163,19 +163,26 @@ pub struct RedirectedPort {
 impl RedirectedPort {
     /// Shows the port from where this machine comes, where it waits for that; and finds an address of it that who may use it
     /// reaches it by.
-    async fn look(&mut self) {
+    pub async fn look(&mut self) {
         let Self { redirected, is_reached, .. } = self;
+        if !redirected.link.is_empty() {
+            return;
+        }
         let started = Instant::now();
         let resolving = timeout(SEEN, tokio::net::lookup_host(redirected.address.clone()));
         let found: Vec<SocketAddr> =
             resolving.await.map_or(vec![], |found| found.map_or(vec![], Iterator::collect));
         if !redirected.proof.is_empty() {
             let of = |is_ipv4: bool| found.iter().find(|address| address.is_ipv4() == is_ipv4).copied();
-            let by = started + SEEN;
-            let (v4, v6) = tokio::join!(
-                seen_at(of(true), &redirected.proof, by),
-                seen_at(of(false), &redirected.proof, by)
-            );
+            let (proof4, proof6) = redirected.proof.split_at(PROOF.min(redirected.proof.len()));
+            let v4 = seen_at(of(true), proof4, started + SEEN);
+            let v6 = seen_at(of(false), proof6, started + SEEN);
+            tokio::pin!(v4, v6);
+            // Where one way leads there the other is not waited for: it may be a hole.
+            let (v4, v6) = tokio::select! {
+                seen = &mut v4 => (seen, if seen.is_some() { timeout(OTHER, v6).await.ok().flatten() } else { v6.await }),
+                seen = &mut v6 => (if seen.is_some() { timeout(OTHER, v4).await.ok().flatten() } else { v4.await }, seen),
+            };
             let seen: Vec<String> = v4.into_iter().chain(v6).map(|ip| ip.to_string()).collect();
             *is_reached = !seen.is_empty();
             if *is_reached {

@@ -451,17 +451,18 @@ pub struct Redirected {
     /// SHA-256 of the target's certificate (DER, 32 bytes), when it speaks TLS.
     #[prost(bytes = "vec", tag = "7")]
     pub certificate: Vec<u8>,
-    /// What shows the port, as the first [`PROOF`] bytes of a connection, the source that it is for in place of the one that the
-    /// mediator sees: one of each IP version, within [`PROVING`]. The answer is that source's address as text, and the end.
+    /// Two secrets of [`PROOF`] bytes, for connections by IPv4 and by IPv6. One that begins with its secret shows the port the
+    /// source that it is for, in place of the one that the mediator sees: one of each IP version, within [`PROVING`]. The answer is
+    /// that source's address as text, and the end.
     #[prost(bytes = "vec", tag = "8")]
     pub proof: Vec<u8>,
 }
 
-/// Length of [`Redirected::proof`], in bytes.
+/// Length of one secret of [`Redirected::proof`], in bytes.
 pub const PROOF: usize = 16;
 
 /// How long a port takes [`Redirected::proof`], from when it is open.
-pub const PROVING: Duration = Duration::from_secs(4);
+pub const PROVING: Duration = Duration::from_secs(6);
 
 /// See [`Down::Serve`].
 #[derive(Clone, PartialEq, Message)]

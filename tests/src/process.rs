@@ -1,5 +1,6 @@
 //! Real programs in the lab: their output, their end, and `kill -9`.
 
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -159,7 +160,8 @@ impl Process {
         }
         let text = |output: &Output| output.lines().text.join("\n");
         Ok(Finished {
-            code: status.code().unwrap_or(-1),
+            // A signal ends it with minus its number.
+            code: status.code().or_else(|| status.signal().map(|signal| -signal)).unwrap_or(i32::MIN),
             stdout: text(&self.stdout),
             stderr: text(&self.stderr),
         })

@@ -56,8 +56,8 @@ pub(super) struct Redirect {
     certificate: Option<[u8; 32]>,
     #[command(flatten)]
     data: Data,
-    /// As a JSON object: event, address, host, port, link, certificate, target, source, expires (seconds since 1970),
-    /// session, tier.
+    /// As a JSON object: event, address, host, port, link, certificate, target, source (or two, "IPV4, IPV6"), expires (seconds
+    /// since 1970), session, tier.
     #[arg(long)]
     json: bool,
 }
@@ -94,7 +94,8 @@ impl Redirect {
         let before = if tls { known.of(&agent, &target.to_string()).map_err(wrong)? } else { None };
         let expected = self.certificate.or(before);
         let web = page.as_ref().map(|page| page.wanted(expected));
-        let port = technician.redirect(&self.agent, target, self.source, self.ttl, web).await?;
+        let mut port = technician.redirect(&self.agent, target, self.source, self.ttl, web).await?;
+        port.look().await;
         let (opened, is_reached) = (port.redirected, port.is_reached);
         let shown = <[u8; 32]>::try_from(&opened.certificate[..]).ok();
         if page.is_some() && opened.link.is_empty()

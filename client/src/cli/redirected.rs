@@ -78,7 +78,10 @@ async fn serve_all(
     }
     let (mut serving, mut ends) = (JoinSet::new(), JoinSet::new());
     for (listener, target) in listeners.into_iter().zip(targets) {
-        let port = technician.redirect(agent, &target, None, TIME, None).await?;
+        let mut port = technician.redirect(agent, &target, None, TIME, None).await?;
+        // Whatever happens from here on, it is closed.
+        ports.push(port.redirected.clone());
+        port.look().await;
         let address = port.redirected.address.clone();
         if !port.is_reached {
             complain(UNREACHED);
@@ -89,7 +92,6 @@ async fn serve_all(
             let info = RedirectedInfo { session, peer, since, remote, traffic: traffic.clone() };
             shown.lock().unwrap_or_else(PoisonError::into_inner).push(info);
         }
-        ports.push(port.redirected);
         tracing::warn!(%target, address, "tier redirector: the server can read what passes");
         events.emit(&Event::Listening { local: listener.local(), target: listener.wanted() });
         events.emit(&Event::Redirected { remote: &address, reason, since_start: started.elapsed() });

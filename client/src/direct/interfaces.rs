@@ -27,9 +27,13 @@ const GUESTS: [&str; 18] = [
     "bridge100",
 ];
 
+/// Most IPv6 addresses of one machine: a desktop has one for each of the last days, and sends from the newest, which the system
+/// names first.
+const MOST_IPV6: usize = 3;
+
 /// Addresses of the interfaces, with 127.0.0.1 only if `loopback`. Those of guests' and link-local ones are left out unless
-/// there is nothing else of that IP version; link-local IPv6 ones always, because they mean something only together with an
-/// interface. Takes well below a millisecond on Linux.
+/// there is nothing else; link-local IPv6 ones always, because they mean something only together with an interface. Takes
+/// well below a millisecond on Linux.
 pub(super) fn addresses(loopback: bool) -> Vec<IpAddr> {
     let interfaces = get_if_addrs().unwrap_or_else(|error| {
         tracing::debug!(%error, "the interfaces cannot be listed");
@@ -40,17 +44,14 @@ pub(super) fn addresses(loopback: bool) -> Vec<IpAddr> {
 }
 
 fn choose<'a>(interfaces: impl Iterator<Item = (&'a str, IpAddr)>, loopback: bool) -> Vec<IpAddr> {
-    let (v4, v6): (Vec<_>, Vec<_>) = interfaces
+    let (own, others): (Vec<_>, Vec<_>) = interfaces
         .filter(|(_, ip)| !ip.is_loopback() && !ip.is_unspecified())
         .filter(|(_, ip)| !matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local() || ip.is_multicast()))
-        .partition(|(_, ip)| ip.is_ipv4());
-    let chosen = [v4, v6].into_iter().flat_map(|of_version| {
-        let (own, others): (Vec<_>, Vec<_>) =
-            of_version.into_iter().partition(|(name, ip)| !is_guests(name) && !is_link_local(*ip));
-        if own.is_empty() { others } else { own }
-    });
-    let chosen = chosen.map(|(_, ip)| ip);
-    chosen.chain(loopback.then_some(Ipv4Addr::LOCALHOST.into())).collect()
+        .partition(|(name, ip)| !is_guests(name) && !is_link_local(*ip));
+    let chosen = if own.is_empty() { others } else { own };
+    let (v4, v6): (Vec<_>, Vec<_>) = chosen.into_iter().map(|(_, ip)| ip).partition(IpAddr::is_ipv4);
+    let loopback = loopback.then_some(Ipv4Addr::LOCALHOST.into());
+    v4.into_iter().chain(v6.into_iter().take(MOST_IPV6)).chain(loopback).collect()
 }
 
 fn is_link_local(ip: IpAddr) -> bool {
@@ -90,7 +91,11 @@ mod tests {
             chosen(&[lo6, local6, lan6, docker6, lan, docker, global6], false),
             [lan.1, lan6.1, global6.1]
         );
-        assert_eq!(chosen(&[lan, local6, docker6], false), [lan.1, docker6.1]);
+        assert_eq!(chosen(&[lan, local6, docker6], false), [lan.1]);
+        assert_eq!(chosen(&[docker, local6, docker6], false), [docker.1, docker6.1]);
+        let days: Vec<String> = (1..9).map(|day| format!("2001:db8::{day}")).collect();
+        let days: Vec<(&str, &str)> = days.iter().map(|day| ("eth0", day.as_str())).collect();
+        assert_eq!(chosen(&days, false), ["2001:db8::1", "2001:db8::2", "2001:db8::3"]);
     }
 
     #[test]

@@ -65,7 +65,8 @@ impl PathTask {
         // What comes in meanwhile waits in the queue of commands.
         let StunServers { mediator, others } = &self.stun_servers;
         let (mediator, others) = tokio::join!(resolve(mediator), resolve(others));
-        let stun_servers = [&mediator[..], &others].concat();
+        let mut stun_servers = [&mediator[..], &others].concat();
+        stun_servers.retain(|server| server.is_ipv4() || self.socket.has_ipv6());
         self.handshake.set_mediator(mediator);
         let ufrag = self.local.ufrag().to_owned();
         let config = path::Config {

@@ -213,7 +213,9 @@ impl Broker {
         let (from, agent_from, targets) =
             (channel.from.to_string(), agent_channel.from.to_string(), [target.to_string()]);
         let door = if wanted.web.is_some() { "pages" } else { "a port" };
-        let reason = format!("{door} of {}, from {source}, for {seconds} s", server.device.name);
+        let shown = wanted.proves && wanted.source.is_empty() && wanted.web.is_none();
+        let from_where = if shown { "where its secret is shown from, else " } else { "" };
+        let reason = format!("{door} of {}, from {from_where}{source}, for {seconds} s", server.device.name);
         let rule = rule.to_string();
         let granted = Record {
             targets: &targets,

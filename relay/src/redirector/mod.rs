@@ -2,7 +2,7 @@
 //! for each session, a TCP port or pages for a browser; what arrives there goes through the session's tunnel to one target.
 //!
 //! It is a trust level of its own, because the server can read what passes. The mediator grants it, and the agent must
-//! permit it. A door is for one source and closes at the end of its time. Whoever comes from elsewhere is turned away before
+//! permit it. A door is for one source of each IP version and closes at the end of its time. Whoever comes from elsewhere is turned away before
 //! a byte of his reaches the agent.
 
 mod pages;
@@ -23,12 +23,12 @@ use adit_client::identity::revocation::Revocations;
 use adit_client::session::{self, Parts, SessionEvent};
 use adit_client::tunnel::{StreamError, Tunnel};
 use adit_client::via::Via;
-use adit_protocol::control::{Down, PROOF, RelayTicket, Serve, Served, Up, Web as Wanted};
+use adit_protocol::control::{Down, RelayTicket, Serve, Served, Up, Web as Wanted};
 use adit_protocol::frame::ResetCode;
 use adit_protocol::{DeviceId, SessionId, Target};
 use adit_tunnel::session::End;
 use pages::Pages;
-use port::Port;
+use port::{Port, Proofs};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
@@ -288,10 +288,10 @@ impl Redirector {
         };
         tunnel.open(target).await.map_err(failed)?.opened().await.map_err(failed)?;
         let (listener, port) = self.bind()?;
-        let proof = proves.then(rand::random::<[u8; PROOF]>);
+        let proof = proves.then(rand::random::<Proofs>);
         let served = Served {
             port: port.into(),
-            proof: proof.map(Vec::from).unwrap_or_default(),
+            proof: proof.map(|proofs| proofs.concat()).unwrap_or_default(),
             ..Served::default()
         };
         Ok((Door::Port(Port::new(listener, target.clone(), source, proof)), served))

@@ -3,6 +3,7 @@
 //! The source is an address, or the one from which the technician's own program shows a secret at the port itself: the mediator
 //! may see another one, when it is elsewhere or reached through a proxy.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::future::Future;
 use std::net::IpAddr;
@@ -19,16 +20,18 @@ use prometheus_client::metrics::counter::Counter;
 use socket2::{SockRef, Socket};
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep_until};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{Instant, sleep_until, timeout};
+use tracing::info;
 
 use crate::listen;
 use crate::sources::{Sources, version};
 
 /// How long a second connection from the right source waits for the first one's end.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Strangers who may try to show a proof at once.
-const READING: usize = 8;
+/// Who may be about to show a proof at once, and how long he may take.
+const READING: usize = 16;
+const READ: Duration = Duration::from_secs(1);
 /// Data that a client does not acknowledge for this long ends its connection.
 #[cfg(target_os = "linux")]
 const UNACKNOWLEDGED: Duration = Duration::from_secs(30);
@@ -46,12 +49,7 @@ pub(super) struct Port {
 
 impl Port {
     /// `source` may use it, or in its place who shows the proof.
-    pub(super) fn new(
-        listener: TcpListener,
-        target: Target,
-        source: IpAddr,
-        proof: Option<[u8; PROOF]>,
-    ) -> Self {
+    pub(super) fn new(listener: TcpListener, target: Target, source: IpAddr, proof: Option<Proofs>) -> Self {
         let sources = Sources::new(source, true);
         Self { listener, target, sources, proving: proof.map(Proving::new), client: None, next: None }
     }
@@ -78,7 +76,12 @@ impl Port {
                     }
                 }
                 shown = async { proving.as_mut().expect("checked").shown(turned_away).await }, if proves => match shown {
-                    Some((tcp, from)) => {
+                    Some((tcp, from, first)) => {
+                        info!(%from, port = self.listener.local_addr().map_or(0, |at| at.port()), "a port's source was shown");
+                        // What the mediator sees counts no more, not even of the other IP version.
+                        if first {
+                            self.sources = Sources::new(from, true);
+                        }
                         self.sources.prove(from);
                         tell(tcp, from);
                     }
@@ -88,7 +91,7 @@ impl Port {
                     let from = from.ip().to_canonical();
                     let awaited = proving.as_mut().filter(|proving| proving.awaits(from));
                     if let Some(proving) = awaited {
-                        proving.read(tcp, from, self.sources.has(from), turned_away);
+                        proving.read(tcp, from, turned_away);
                     } else if self.sources.has(from) {
                         prepare(&tcp);
                         if let Some((older, _)) = next.replace((tcp, Instant::now() + PATIENCE)) {
@@ -108,47 +111,57 @@ impl Port {
 
 /// The time in which the technician's program shows from where it comes.
 struct Proving {
-    proof: [u8; PROOF],
+    proofs: Proofs,
     until: Instant,
     /// By IP version: somebody has.
     done: [bool; 2],
     /// Those who may be about to, and whether they have.
     reading: JoinSet<(TcpStream, IpAddr, bool)>,
+    /// The same, the oldest first.
+    readers: VecDeque<AbortHandle>,
 }
 
+/// What shows a source, by IP version: whoever reads one along cannot use it by the other.
+pub(super) type Proofs = [[u8; PROOF]; 2];
+
 impl Proving {
-    fn new(proof: [u8; PROOF]) -> Self {
-        Self { proof, until: Instant::now() + PROVING, done: [false; 2], reading: JoinSet::new() }
+    fn new(proofs: Proofs) -> Self {
+        let (reading, readers) = (JoinSet::new(), VecDeque::new());
+        Self { proofs, until: Instant::now() + PROVING, done: [false; 2], reading, readers }
     }
 
     fn awaits(&self, from: IpAddr) -> bool {
         !self.done[version(from)]
     }
 
-    /// `likely`: from there he was seen elsewhere, so that strangers leave a place for him.
-    fn read(&mut self, mut tcp: TcpStream, from: IpAddr, likely: bool, turned_away: &Counter) {
-        if self.reading.len() >= READING && !likely {
+    /// Where too many say nothing the oldest of them goes: the right one says it at once.
+    fn read(&mut self, mut tcp: TcpStream, from: IpAddr, turned_away: &Counter) {
+        self.readers.retain(|reader| !reader.is_finished());
+        if self.readers.len() >= READING
+            && let Some(oldest) = self.readers.pop_front()
+        {
             turned_away.inc();
-            return abort(&tcp);
+            oldest.abort();
         }
-        let proof = self.proof;
-        self.reading.spawn(async move {
+        let proof = self.proofs[version(from)];
+        self.readers.push_back(self.reading.spawn(async move {
             let mut shown = [0; PROOF];
-            let read = tcp.read_exact(&mut shown).await;
-            let is_right = read.is_ok() && verify_slices_are_equal(&shown, &proof).is_ok();
+            let read = timeout(READ, tcp.read_exact(&mut shown)).await;
+            let is_right = matches!(read, Ok(Ok(_))) && verify_slices_are_equal(&shown, &proof).is_ok();
             (tcp, from, is_right)
-        });
+        }));
     }
 
-    /// The next one who has shown it. `None`: nobody can any more.
-    async fn shown(&mut self, turned_away: &Counter) -> Option<(TcpStream, IpAddr)> {
+    /// The next one who has shown it, and whether he is the first. `None`: nobody can any more.
+    async fn shown(&mut self, turned_away: &Counter) -> Option<(TcpStream, IpAddr, bool)> {
         while self.done != [true; 2] {
             tokio::select! {
                 () = sleep_until(self.until) => return None,
                 Some(read) = self.reading.join_next() => match read {
                     Ok((tcp, from, true)) if self.awaits(from) => {
+                        let first = self.done == [false; 2];
                         self.done[version(from)] = true;
-                        return Some((tcp, from));
+                        return Some((tcp, from, first));
                     }
                     Ok((tcp, ..)) => {
                         turned_away.inc();
@@ -209,8 +222,12 @@ mod tests {
     use tokio::io::AsyncWriteExt;
     use tokio::time::timeout;
 
-    const PROVED: [u8; PROOF] = [7; PROOF];
+    const PROOFS: Proofs = [[7; PROOF], [8; PROOF]];
     const SHORT: Duration = Duration::from_millis(100);
+
+    fn ip(text: &str) -> IpAddr {
+        text.parse().expect("an address")
+    }
 
     /// Both ends of a connection on which this was said.
     async fn saying(bytes: &[u8]) -> (TcpStream, TcpStream) {
@@ -221,41 +238,51 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_first_who_shows_the_proof_is_the_source_of_his_version() {
-        let (mut proving, counter) = (Proving::new(PROVED), Counter::default());
-        let (right, wrong) = (IpAddr::from([192, 0, 2, 1]), IpAddr::from([192, 0, 2, 66]));
+    async fn the_first_who_shows_the_secret_of_his_version_is_the_source() {
+        let (mut proving, counter) = (Proving::new(PROOFS), Counter::default());
+        let (right, right6) = (ip("192.0.2.1"), ip("2001:db8::1"));
         let mut kept = Vec::new();
-        for stranger in [&[8; PROOF][..], b"GET / HTTP/1.1\r\n\r\n", &PROVED[1..]] {
+        for (stranger, from) in [
+            (&[9; PROOF][..], "192.0.2.66"),
+            (b"GET / HTTP/1.1\r\n\r\n", "192.0.2.66"),
+            // Read along by the other version.
+            (&PROOFS[0], "2001:db8::66"),
+            (&PROOFS[1], "192.0.2.66"),
+            (&PROOFS[0][1..], "192.0.2.66"),
+        ] {
             let (near, far) = saying(stranger).await;
-            proving.read(far, wrong, false, &counter);
+            proving.read(far, ip(from), &counter);
             kept.push(near);
         }
         assert!(timeout(SHORT, proving.shown(&counter)).await.is_err(), "a stranger");
-        assert_eq!(counter.get(), 2, "the third has not said all");
-        for _ in 0..2 {
-            let (near, far) = saying(&PROVED).await;
-            proving.read(far, right, false, &counter);
-            kept.push(near);
+        assert_eq!(counter.get(), 4, "the last has not said all");
+        for (from, proof, first) in [(right, &PROOFS[0], true), (right6, &PROOFS[1], false)] {
+            for _ in 0..2 {
+                let (near, far) = saying(proof).await;
+                proving.read(far, from, &counter);
+                kept.push(near);
+            }
+            let (_, shown, is_first) = proving.shown(&counter).await.expect("shown");
+            assert_eq!((shown, is_first), (from, first));
+            assert!(!proving.awaits(from));
         }
-        assert_eq!(proving.shown(&counter).await.expect("shown").1, right);
-        assert!(!proving.awaits(wrong) && proving.awaits("2001:db8::1".parse().expect("an address")));
-        assert!(timeout(SHORT, proving.shown(&counter)).await.is_err(), "once");
+        assert!(proving.shown(&counter).await.is_none(), "once by each version");
         drop(kept);
     }
 
     #[tokio::test]
-    async fn strangers_that_wait_leave_a_place_for_the_likely_one_and_time_ends_it() {
-        let (mut proving, counter) = (Proving::new(PROVED), Counter::default());
-        let (right, wrong) = (IpAddr::from([192, 0, 2, 1]), IpAddr::from([192, 0, 2, 66]));
+    async fn those_who_wait_give_way_and_time_ends_it() {
+        let (mut proving, counter) = (Proving::new(PROOFS), Counter::default());
+        let (right, wrong) = (ip("192.0.2.1"), ip("192.0.2.66"));
         let mut kept = Vec::new();
         for _ in 0..READING + 3 {
             let (near, far) = saying(b"").await;
-            proving.read(far, wrong, false, &counter);
+            proving.read(far, wrong, &counter);
             kept.push(near);
         }
-        assert_eq!((counter.get(), proving.reading.len()), (3, READING));
-        let (_near, far) = saying(&PROVED).await;
-        proving.read(far, right, true, &counter);
+        assert_eq!((counter.get(), proving.readers.len()), (3, READING));
+        let (_near, far) = saying(&PROOFS[0]).await;
+        proving.read(far, right, &counter);
         assert_eq!(proving.shown(&counter).await.expect("shown").1, right);
         proving.until = Instant::now();
         assert!(proving.shown(&counter).await.is_none(), "its time is over");

@@ -166,6 +166,10 @@ impl Checklist {
                 _ => remote.kind == Host,
             };
             if is_more {
+                // It is no guess any more.
+                if pair.remote.kind == Predicted && pair.state == CheckState::InProgress {
+                    pair.due.get_or_insert(now);
+                }
                 pair.remote.kind = remote.kind;
             }
         } else if self.pairs.len() < MAX_PAIRS {

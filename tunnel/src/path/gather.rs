@@ -68,10 +68,11 @@ impl Gatherer {
         mapped
     }
 
-    /// Whether servers see us at different IPv4 ports: the NAT's mapping depends on the destination (RFC 4787 section 4.1).
+    /// Whether servers see us at different ports of one IPv4 address: the NAT's mapping depends on the destination (RFC 4787 section 4.1).
     pub(super) fn depends_on_destination(&self) -> bool {
         let seen = self.seen_by_ipv4();
-        seen.iter().any(|mapped| *mapped != seen[0])
+        let differ = |a: &SocketAddr, b: &SocketAddr| a.ip() == b.ip() && a.port() != b.port();
+        seen.iter().any(|one| seen.iter().any(|other| differ(one, other)))
     }
 
     /// The addresses that the NAT is expected to use for others, the likeliest first, where it takes one port after the other.
