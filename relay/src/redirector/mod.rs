@@ -294,7 +294,7 @@ impl Redirector {
             proof: proof.map(|proofs| proofs.concat()).unwrap_or_default(),
             ..Served::default()
         };
-        Ok((Door::Port(Port::new(listener, target.clone(), source, proof)), served))
+        Ok((Door::Port(Box::new(Port::new(listener, target.clone(), source, proof))), served))
     }
 
     async fn open_pages(
@@ -403,7 +403,7 @@ struct Opened {
 
 /// How technicians come in.
 enum Door {
-    Port(Port),
+    Port(Box<Port>),
     Pages(Pages),
 }
 
