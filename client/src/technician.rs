@@ -10,6 +10,8 @@ use adit_protocol::control::{
 };
 use adit_protocol::{Target, Wanted};
 use adit_tunnel::session::End;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
@@ -173,17 +175,25 @@ impl RedirectedPort {
         let found: Vec<SocketAddr> =
             resolving.await.map_or(vec![], |found| found.map_or(vec![], Iterator::collect));
         if !redirected.proof.is_empty() {
-            let of = |is_ipv4: bool| found.iter().find(|address| address.is_ipv4() == is_ipv4).copied();
             let (proof4, proof6) = redirected.proof.split_at(PROOF.min(redirected.proof.len()));
-            let v4 = seen_at(of(true), proof4, started + SEEN);
-            let v6 = seen_at(of(false), proof6, started + SEEN);
-            tokio::pin!(v4, v6);
-            // Where one way leads there the other is not waited for: it may be a hole.
-            let (v4, v6) = tokio::select! {
-                seen = &mut v4 => (seen, if seen.is_some() { timeout(OTHER, v6).await.ok().flatten() } else { v6.await }),
-                seen = &mut v6 => (if seen.is_some() { timeout(OTHER, v4).await.ok().flatten() } else { v4.await }, seen),
-            };
-            let seen: Vec<String> = v4.into_iter().chain(v6).map(|ip| ip.to_string()).collect();
+            let ways = [(true, proof4), (false, proof6)].into_iter().filter_map(|(is_ipv4, proof)| {
+                let port = found.iter().find(|address| address.is_ipv4() == is_ipv4)?;
+                Some(seen_at(*port, proof))
+            });
+            let (mut ways, mut until) = (ways.collect::<FuturesUnordered<_>>(), started + SEEN);
+            let mut seen = Vec::new();
+            while let Ok(Some(way)) = timeout_at(until, ways.next()).await {
+                match way {
+                    // The other way may be a hole.
+                    Ok(ip) => {
+                        until = until.min(Instant::now() + OTHER);
+                        seen.push(ip);
+                    }
+                    Err(error) => tracing::debug!(%error, "the port was not reached"),
+                }
+            }
+            seen.sort();
+            let seen: Vec<String> = seen.iter().map(IpAddr::to_string).collect();
             *is_reached = !seen.is_empty();
             if *is_reached {
                 redirected.source = seen.join(", ");
@@ -199,18 +209,13 @@ impl RedirectedPort {
 }
 
 /// From where this machine comes, in the words of the port there, which has `proof`'s twin.
-async fn seen_at(port: Option<SocketAddr>, proof: &[u8], by: Instant) -> Option<IpAddr> {
-    let port = port?;
-    let looking = async {
-        let mut tcp = TcpStream::connect(port).await?;
-        tcp.write_all(proof).await?;
-        let mut told = String::new();
-        // No address is longer.
-        tcp.take(45).read_to_string(&mut told).await?;
-        told.parse::<IpAddr>().map_err(io::Error::other)
-    };
-    let seen = timeout_at(by, looking).await.unwrap_or_else(|late| Err(late.into()));
-    seen.inspect_err(|error| tracing::debug!(%port, %error, "the port was not reached")).ok()
+async fn seen_at(port: SocketAddr, proof: &[u8]) -> io::Result<IpAddr> {
+    let mut tcp = TcpStream::connect(port).await?;
+    tcp.write_all(proof).await?;
+    let mut told = String::new();
+    // No address is longer.
+    tcp.take(45).read_to_string(&mut told).await?;
+    told.parse().map_err(io::Error::other)
 }
 
 /// Whether one of these sources is of the IP version of `address`.

@@ -466,6 +466,21 @@ mod tests {
     }
 
     #[test]
+    fn an_end_that_is_seen_by_both_ip_versions_is_news_once_by_each() {
+        let (presence, now) = (Presence::default(), Instant::now());
+        let (technician, agent) =
+            (channel(&presence, Role::Technician, 1), channel(&presence, Role::Agent, 2));
+        let mut sessions = Sessions::default();
+        let session = session(1, &technician, &agent, now);
+        let id = session.id;
+        assert!(sessions.insert(session));
+        let mut is_news =
+            |from: &str| sessions.seen(id, Role::Agent, from.parse().expect("an address")).is_some();
+        let (v4, v6) = ("192.0.2.1:40000", "[2001:db8::1]:40000");
+        assert_eq!([v4, v6, v4, v6, "192.0.2.1:40001"].map(&mut is_news), [true, true, false, false, true]);
+    }
+
+    #[test]
     fn only_sessions_whose_ends_are_both_away_for_long_expire() {
         let (presence, now) = (Presence::default(), Instant::now());
         let (technician, agent) =

@@ -395,7 +395,8 @@ pub struct Redirect {
     /// `HOST:PORT`, as seen from the agent.
     #[prost(string, tag = "3")]
     pub target: String,
-    /// IP address from which the port may be used. Empty: the one that the technician's channel comes from.
+    /// IP address from which the port may be used. Empty: the one that the technician's channel comes from, unless another is
+    /// shown ([`Self::proves`]).
     #[prost(string, tag = "4")]
     pub source: String,
     /// For how long, in seconds.
@@ -439,7 +440,7 @@ pub struct Redirected {
     /// `HOST:PORT` (TCP) of the port that is open now.
     #[prost(string, tag = "3")]
     pub address: String,
-    /// The IP address from which it may be used.
+    /// The IP address from which it may be used; where there is a `proof`, until it is shown.
     #[prost(string, tag = "4")]
     pub source: String,
     /// When it closes, in seconds since 1970-01-01 UTC.

@@ -14,7 +14,7 @@ impl Sources {
     /// `exact`: no other than this one, not even one of the other IP version.
     pub(crate) fn new(source: IpAddr, exact: bool) -> Self {
         let mut sources = Self { pinned: [None; 2], exact };
-        sources.prove(source);
+        sources.pin(source);
         sources
     }
 
@@ -40,11 +40,6 @@ impl Sources {
     pub(crate) fn pin(&mut self, from: IpAddr) {
         self.pinned[version(from)].get_or_insert(network(from));
     }
-
-    /// This one, in place of what was taken for it.
-    pub(crate) fn prove(&mut self, from: IpAddr) {
-        self.pinned[version(from)] = Some(network(from));
-    }
 }
 
 /// 0 for IPv4, 1 for IPv6.
@@ -69,8 +64,6 @@ mod tests {
         sources.pin(ip("2001:db8::1"));
         sources.pin(ip("2001:db8:1::1"));
         assert!(sources.may(ip("2001:db8::2")) && !sources.may(ip("2001:db8:1::1")));
-        sources.prove(ip("::ffff:192.0.2.2"));
-        assert!(sources.has(ip("192.0.2.2")) && !sources.may(ip("192.0.2.1")));
         let exact = Sources::new(ip("2001:db8::1"), true);
         assert!(exact.may(ip("2001:db8::ffff")) && !exact.may(ip("192.0.2.1")));
     }

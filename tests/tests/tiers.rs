@@ -118,6 +118,8 @@ async fn direct(agent: NatKind, technician: NatKind) -> anyhow::Result<()> {
     let event = forward.reaches("direct", Duration::from_secs(10)).await?;
     let (took, remote) = (&event["since_start_ms"], &event["remote"]);
     println!("agent {agent}, technician {technician}: direct after {took} ms, to {remote}");
+    let both_have_ipv6 = [agent, technician].iter().all(|kind| kind.has_ipv6());
+    ensure!(remote.as_str().is_some_and(|remote| remote.starts_with('[')) == both_have_ipv6, "{event}");
     let before = world.lab.technician.traffic()?;
     download(&world.lab.technician.host, forward.local[0], 1, BYTES, DEADLINE).await?;
     upload(&world.lab.technician.host, forward.local[0], 2, BYTES, DEADLINE).await?;

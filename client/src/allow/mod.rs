@@ -152,7 +152,7 @@ async fn lookup(target: &Target) -> io::Result<Vec<SocketAddr>> {
 }
 
 /// IPv4 as IPv4, however it was written; a scope (IPv6 link-local) stays.
-fn canonical(address: SocketAddr) -> SocketAddr {
+pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
     match address.ip().to_canonical() {
         IpAddr::V4(ip) => SocketAddr::new(ip.into(), address.port()),
         IpAddr::V6(_) => address,

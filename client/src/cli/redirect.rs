@@ -20,7 +20,7 @@ use crate::technician::Technician;
 
 /// What is said when this machine does not reach the port that was opened for it.
 pub(super) const UNREACHED: &str =
-    "this machine does not reach the server's port: is TCP to such ports blocked here";
+    "this machine does not reach the server's port: TCP to such ports may be blocked here";
 
 /// Open a port or pages on the server that lead to a target beside an agent: for machines without adit.
 ///

@@ -15,6 +15,8 @@ use quinn::Connection;
 use quinn::udp::RecvMeta;
 use tokio::sync::{Notify, mpsc};
 
+use crate::allow::canonical;
+
 /// The sessions of the socket, by their local username fragment.
 #[derive(Default)]
 pub(super) struct Demux {
@@ -136,11 +138,6 @@ impl Demux {
     fn read<T>(&self, read: impl FnOnce(&HashMap<String, Arc<Entry>>) -> T) -> T {
         read(&self.sessions.read().unwrap_or_else(PoisonError::into_inner))
     }
-}
-
-/// IPv4 as IPv4. (`SocketAddr` has a flow label and a scope, which are nobody's here.)
-pub(crate) fn canonical(address: SocketAddr) -> SocketAddr {
-    SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
 /// What is left for quinn of a batch of datagrams of `stride` bytes each, while no session is there: for the

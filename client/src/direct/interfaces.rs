@@ -27,7 +27,7 @@ const GUESTS: [&str; 18] = [
     "bridge100",
 ];
 
-/// Most IPv6 addresses of one machine: a desktop has one for each of the last days, and sends from the newest, which the system
+/// Most IPv6 addresses of one machine: a desktop has one for each of the last days, and sends from the newest, which Linux
 /// names first.
 const MOST_IPV6: usize = 3;
 

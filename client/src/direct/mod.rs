@@ -42,7 +42,6 @@ use tokio::task::JoinHandle;
 use crate::identity::{Identity, Live};
 use crate::tls::TlsError;
 use demux::Demux;
-pub(crate) use demux::canonical;
 #[doc(hidden)]
 pub use demux::sort_without_sessions;
 use mediator::Handshake;

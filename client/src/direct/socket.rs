@@ -242,7 +242,10 @@ mod tests {
             Arc::new(DirectSocket { state: socket.state.filter(|_| !plain), ..socket })
         };
         let (from, to) = (socket(), socket());
-        let destination = SocketAddr::from((Ipv4Addr::LOCALHOST, to.port()));
+        // As quinn has it on a socket for both.
+        let ip = Ipv4Addr::LOCALHOST;
+        let ip = if from.has_ipv6() { IpAddr::V6(ip.to_ipv6_mapped()) } else { ip.into() };
+        let destination = SocketAddr::new(ip, to.port());
         let mut arrived = Vec::new();
         for datagram in [&[0x40; 1][..], &[0x41; 1200], &[0x42; 7]] {
             let transmit =

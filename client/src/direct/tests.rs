@@ -348,3 +348,14 @@ async fn nothing_is_left_behind() {
     tokio::time::timeout(LONG, gone).await.expect("in time");
     assert!(demux.is_empty());
 }
+
+#[test]
+fn the_mediator_says_which_stun_servers_are_its_own() {
+    let stun: Vec<String> = ["a:1", "b:2", "c:3"].map(str::to_owned).into();
+    // 0 is an older mediator's: its first one.
+    for (mediator_stun, own) in [(0, 1), (1, 1), (2, 2), (9, 3)] {
+        let servers = StunServers::of(&Welcome { stun: stun.clone(), mediator_stun, ..Welcome::default() });
+        assert_eq!([servers.mediator.len(), servers.others.len()], [own, 3 - own], "{mediator_stun}");
+    }
+    assert!(StunServers::of(&Welcome::default()).mediator.is_empty());
+}

@@ -16,7 +16,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
 use super::Tunnel;
-use crate::direct::canonical;
+use crate::allow::canonical;
 
 /// Chunks taken from a QUIC stream at once.
 const CHUNKS: usize = 32;

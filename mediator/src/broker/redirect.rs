@@ -213,8 +213,8 @@ impl Broker {
         let (from, agent_from, targets) =
             (channel.from.to_string(), agent_channel.from.to_string(), [target.to_string()]);
         let door = if wanted.web.is_some() { "pages" } else { "a port" };
-        let shown = wanted.proves && wanted.source.is_empty() && wanted.web.is_none();
-        let from_where = if shown { "where its secret is shown from, else " } else { "" };
+        let proves = wanted.proves && wanted.source.is_empty() && wanted.web.is_none();
+        let from_where = if proves { "where its secret is shown from, else " } else { "" };
         let reason = format!("{door} of {}, from {from_where}{source}, for {seconds} s", server.device.name);
         let rule = rule.to_string();
         let granted = Record {
@@ -241,7 +241,7 @@ impl Broker {
             source: source.to_string(),
             seconds,
             web: wanted.web.clone().map(|web| Web { exact: !wanted.source.is_empty(), ..web }),
-            proves: wanted.proves && wanted.source.is_empty(),
+            proves,
             ..Serve::default()
         };
         let denied = match self.order(&session, &relay, &server, &agent_channel, order).await {

@@ -78,11 +78,12 @@ impl Port {
                 shown = async { proving.as_mut().expect("checked").shown(turned_away).await }, if proves => match shown {
                     Some((tcp, from, first)) => {
                         info!(%from, port = self.listener.local_addr().map_or(0, |at| at.port()), "a port's source was shown");
-                        // What the mediator sees counts no more, not even of the other IP version.
                         if first {
+                            // What the mediator sees counts no more, not even of the other IP version.
                             self.sources = Sources::new(from, true);
+                        } else {
+                            self.sources.pin(from);
                         }
-                        self.sources.prove(from);
                         tell(tcp, from);
                     }
                     None => *proving = None,
@@ -220,7 +221,6 @@ async fn pass(tcp: TcpStream, tunnel: Tunnel, target: Target) {
 mod tests {
     use super::*;
     use tokio::io::AsyncWriteExt;
-    use tokio::time::timeout;
 
     const PROOFS: Proofs = [[7; PROOF], [8; PROOF]];
     const SHORT: Duration = Duration::from_millis(100);

@@ -100,7 +100,7 @@ impl Lab {
     /// Builds `topology`. The process must have entered a user namespace ([`crate::harness::enter`]).
     pub async fn up(topology: &Topology) -> anyhow::Result<Self> {
         let lab = patchbay::Lab::builder().build().await.context("cannot make the namespaces")?;
-        let has_v6 = [topology.agent, topology.technician].iter().any(|kind| kind.ip_support().has_v6());
+        let has_v6 = [topology.agent, topology.technician].iter().any(|kind| kind.has_ipv6());
         let support = if has_v6 { IpSupport::DualStack } else { IpSupport::V4Only };
         let servers = lab.add_router("servers").ip_support(support).nat(None).build().await?;
         let add =

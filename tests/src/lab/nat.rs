@@ -50,6 +50,11 @@ impl NatKind {
         Self::Ipv6Only,
     ];
 
+    /// The device has an IPv6 address.
+    pub fn has_ipv6(self) -> bool {
+        self.ip_support().has_v6()
+    }
+
     pub(super) fn ip_support(self) -> IpSupport {
         match self {
             // Its device loses its IPv4 addresses afterwards: patchbay's routers behind routers must have them.

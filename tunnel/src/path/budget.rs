@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-/// Requests that may be sent in one go: all checks of a busy round.
+/// Requests that may be sent in one go.
 const BURST: u32 = 100;
 /// After that, one in this time.
 const INTERVAL: Duration = Duration::from_millis(100);

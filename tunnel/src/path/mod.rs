@@ -5,7 +5,7 @@
 //! | --- | --- |
 //! | `agent` | [`PathAgent`]: inputs, timers, outputs |
 //! | `schedule` | policy: when the next round starts |
-//! | `gather` | asks STUN servers for the server-reflexive address |
+//! | `gather` | asks STUN servers for the server-reflexive addresses, and predicts a NAT's next ones |
 //! | `exchange` | keeps sending our candidates until the peer has them |
 //! | `checklist` | candidate pairs and what each sends next |
 //! | `check` | connectivity checks on the wire |
