@@ -103,13 +103,10 @@ pub async fn run(
                         offline = None;
                         Some(AgentEvent::Online)
                     }
-                    State::Disconnected { reason, remedy, .. } => {
-                        let remedy = remedy.as_ref().map_or(String::new(), |remedy| format!("; {remedy}"));
-                        let reason = format!("{reason}{remedy}");
-                        let news = offline.replace(reason.clone()).is_none_or(|before| before != reason);
-                        news.then_some(AgentEvent::Offline { reason })
+                    state => {
+                        let news = state.why_offline().filter(|why| offline.replace(why.clone()).as_ref() != Some(why));
+                        news.map(|reason| AgentEvent::Offline { reason })
                     }
-                    State::Connecting => None,
                 };
                 if let Some(event) = event {
                     let _ = events.send(event).await;
@@ -138,7 +135,7 @@ async fn all_ended(sessions: &mut [(Tunnel, JoinHandle<()>)]) {
 
 async fn take_offer(
     hub: &Hub,
-    offer: Grant,
+    mut offer: Grant,
     running: usize,
     permits: &Permits,
     events: &mpsc::Sender<AgentEvent>,
@@ -146,15 +143,23 @@ async fn take_offer(
     let id = offer.session.clone();
     let granted: Vec<Wanted> = offer.targets.iter().filter_map(|target| target.parse().ok()).collect();
     let via: Via = offer.via.parse().unwrap_or_default();
+    let mut answer = None;
     let opened = if via == Via::Redirector && !permits.redirector {
         Err("it does not permit the redirector ([agent] redirector = true in its config.toml)".to_owned())
     } else if running < MAX_SESSIONS {
-        hub.open_session(End::Agent, offer, via, None).map_err(|error| error.to_string())
+        let begun = hub.take_flight(&mut offer);
+        let (opening, flight) = begun.map_or((None, None), |(opening, flight)| (Some(opening), Some(flight)));
+        answer = flight;
+        hub.open_session(End::Agent, offer, via, None, opening).map_err(|error| error.to_string())
     } else {
         Err(format!("{running} sessions are open"))
     };
     let reason = opened.as_ref().err().cloned().unwrap_or_default();
-    let answer = Answer { session: id, accepted: opened.is_ok(), reason };
+    let flight = match answer.filter(|_| opened.is_ok()) {
+        Some(flight) => flight.await.unwrap_or_default(),
+        None => vec![],
+    };
+    let answer = Answer { session: id, accepted: opened.is_ok(), reason, flight };
     let _ = hub.control().send(Up::Answer(answer)).await;
     let session = opened.ok()?;
     if via == Via::Redirector {

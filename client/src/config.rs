@@ -2,6 +2,8 @@
 
 use std::fs;
 use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr};
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Deserializer};
@@ -20,6 +22,67 @@ pub struct Config {
     pub agent: Agent,
     /// See [`Network`].
     pub network: Network,
+    /// See [`P2p`].
+    pub p2p: P2p,
+}
+
+/// Section `[p2p]`: what is narrower here than the operator has it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct P2p {
+    /// UDP ports of the direct path; `None`: the operator's.
+    #[serde(deserialize_with = "ports")]
+    pub ports: Option<RangeInclusive<u16>>,
+    /// Whether many sockets may be tried, if the operator permits it.
+    pub many_socket_probing: bool,
+    /// Whether the router in front may be asked for a port, if the operator permits it.
+    pub port_mapping: bool,
+    /// Where others reach the ports of the direct path, by a router that somebody has set up.
+    pub public_addresses: Vec<PublicAddress>,
+}
+
+impl Default for P2p {
+    fn default() -> Self {
+        Self { ports: None, many_socket_probing: true, port_mapping: true, public_addresses: vec![] }
+    }
+}
+
+/// `IP`, which leads to each port as it is, or `IP:PORT`, which leads to one that is bound here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct PublicAddress {
+    ip: IpAddr,
+    port: Option<u16>,
+}
+
+impl PublicAddress {
+    /// Where others reach this port.
+    pub fn of_port(self, port: u16) -> SocketAddr {
+        SocketAddr::new(self.ip, self.port.unwrap_or(port))
+    }
+}
+
+impl TryFrom<String> for PublicAddress {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        let ip = text.parse().map(|ip| Self { ip, port: None });
+        let with_port = |_| text.parse().map(|at: SocketAddr| Self { ip: at.ip(), port: Some(at.port()) });
+        ip.or_else(with_port).map_err(|_| format!("{text:?} is neither IP nor IP:PORT"))
+    }
+}
+
+/// Reads `FIRST-LAST`.
+pub(crate) fn parse_ports(text: &str) -> Option<RangeInclusive<u16>> {
+    let (first, last) = text.split_once('-')?;
+    let (first, last) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+    (first > 0 && first <= last).then_some(first..=last)
+}
+
+fn ports<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<RangeInclusive<u16>>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let ports = parse_ports(&text).ok_or_else(|| serde::de::Error::custom("ports must be FIRST-LAST"))?;
+    Ok(Some(ports))
 }
 
 /// Section `[network]`.
@@ -95,6 +158,21 @@ pub fn template(proxy: Option<&str>) -> String {
 # The HTTP proxy on the way to the servers' port 443: "http://[USER:PASSWORD@]HOST:PORT", or "none". Without this,
 # HTTPS_PROXY and NO_PROXY of the environment. With a password in it keep this file from others.
 {proxy}
+
+[p2p]
+# UDP ports of direct paths, a part of those that the operator has set.
+# ports = "40000-41000"
+
+# Whether many sockets may be tried where a NAT makes direct paths hard to find. Some firewalls take that for a scan.
+# many_socket_probing = true
+
+# Whether the router in front of this device may be asked for a port (PCP, NAT-PMP, UPnP), while a session finds no direct
+# path without.
+# port_mapping = true
+
+# Where others reach this device, by a router that forwards ports here: "IP" where the ports stay as they are, or "IP:PORT"
+# beside a range of one port above. UDP for QUIC, TCP for where UDP is blocked.
+# public_addresses = []
 "#,
         entries.join(", ")
     )
@@ -158,9 +236,16 @@ mod tests {
             ["192.168.1.0/24:80,443", "db.local:53/udp"]
         );
         assert_eq!(read("[agent]\nallow = []").expect("reads").agent.allow, Some(vec![]));
+        let public = "[p2p]\npublic_addresses = [\"192.0.2.1\", \"192.0.2.2:443\", \"2001:db8::1\"]";
+        let public = read(public).expect("reads").p2p.public_addresses;
+        assert_eq!(
+            public.iter().map(|public| public.of_port(40_000).to_string()).collect::<Vec<_>>(),
+            ["192.0.2.1:40000", "192.0.2.2:443", "[2001:db8::1]:40000"]
+        );
         for (text, named) in [
             ("[agent]\nalow = []", "alow"),
             ("[agent]\nallow = [\"10.0.0.5/8:80\"]", "10.0.0.5/8:80"),
+            ("[p2p]\npublic_addresses = [\"router\"]", "neither IP nor IP:PORT"),
             ("x", FILE),
         ] {
             let error = read(text).expect_err(text);

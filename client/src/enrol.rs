@@ -188,6 +188,7 @@ fn accept(
         key: Arc::new(key),
         revoked: Arc::default(),
         proxies: Proxies::default(),
+        p2p: Default::default(),
     })
 }
 

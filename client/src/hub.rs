@@ -4,19 +4,22 @@
 use std::collections::{HashMap, VecDeque};
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use adit_protocol::control::{Closed, Down, Grant, LiveSession, Up, Welcome};
-use adit_protocol::{DeviceId, SessionId};
+use adit_protocol::{DeviceId, Role, SessionId};
 use adit_tunnel::session::End;
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tracing::{debug, warn};
 
+use crate::config::{P2p, parse_ports};
 use crate::control::hello;
 use crate::control::maintain::{Control, NotConnected, State, maintain};
-use crate::direct::{DirectEndpoint, StunServers};
+use crate::direct::{BindConfig, DirectEndpoint, StunServers};
+use crate::early::{Flight, Opening};
 use crate::identity::Live;
 use crate::identity::revocation::Revocations;
 use crate::probe;
@@ -28,8 +31,6 @@ use crate::via::Via;
 const SESSION_QUEUE: usize = 64;
 /// Ended sessions that are remembered: an offer and its end stand close together.
 const MAX_ENDED: usize = SESSION_QUEUE;
-/// How long the mediator may take to answer.
-const ANSWER: Duration = Duration::from_secs(10);
 /// Ports of the direct path while the mediator has not said which.
 const DEFAULT_PORTS: RangeInclusive<u16> = 40000..=41000;
 
@@ -38,13 +39,22 @@ pub struct Hub {
     identity: Arc<Live>,
     control: Control,
     sessions: Sessions,
-    requests: Arc<Mutex<HashMap<u64, oneshot::Sender<Down>>>>,
+    requests: Requests,
     next_request: AtomicU64,
     direct: Mutex<Option<Arc<DirectEndpoint>>>,
     _reader: tokio::task::JoinHandle<()>,
 }
 
 type Sessions = Arc<Mutex<Known>>;
+type Requests = Arc<Mutex<Waiting>>;
+
+/// Who waits for what the mediator says to a request.
+#[derive(Default)]
+struct Waiting {
+    answers: HashMap<u64, oneshot::Sender<Down>>,
+    /// For the agent's flight, which comes after the answer ([`Down::Answered`]).
+    flights: HashMap<u64, oneshot::Sender<Vec<u8>>>,
+}
 
 #[derive(Default)]
 struct Known {
@@ -97,13 +107,15 @@ pub enum RequestError {
 }
 
 impl Hub {
-    /// Connects, and keeps connected. Session offers (agents get them) come out of the receiver.
+    /// Connects, and keeps connected; a technician by the channel of `adit up` where that runs. Session offers (agents get them) come out of the receiver.
     pub fn start(identity: Arc<Live>) -> (Self, mpsc::Receiver<Grant>) {
+        let is_technician = identity.get().role == Role::Technician;
+        let shared = identity.dir().filter(|_| is_technician).map(Path::to_owned);
         let sessions = Sessions::default();
         let live = sessions.clone();
-        let (control, downs) = maintain(identity.clone(), move || hello(live_sessions(&live)));
+        let (control, downs) = maintain(identity.clone(), move || hello(live_sessions(&live)), shared);
         let (offers, receiver) = mpsc::channel(SESSION_QUEUE);
-        let requests = Arc::default();
+        let requests = Requests::default();
         let reader = tokio::spawn(read(
             downs,
             control.clone(),
@@ -129,33 +141,64 @@ impl Hub {
         &self.control
     }
 
-    /// Asks the mediator something; `message` is given the request's number.
+    /// Asks the mediator something; `message` is given the request's number. The answer may take `time`.
     ///
     /// # Errors
     /// [`RequestError`].
-    pub async fn request(&self, message: impl FnOnce(u64) -> Up) -> Result<Down, RequestError> {
-        self.request_within(ANSWER, message).await
-    }
-
-    /// The same where the mediator has to ask others.
-    ///
-    /// # Errors
-    /// [`RequestError`].
-    pub async fn request_within(
+    pub async fn request(
         &self,
         time: Duration,
         message: impl FnOnce(u64) -> Up,
     ) -> Result<Down, RequestError> {
         let number = self.next_request.fetch_add(1, Ordering::Relaxed);
         let (sender, receiver) = oneshot::channel();
-        lock(&self.requests).insert(number, sender);
+        lock(&self.requests).answers.insert(number, sender);
         let answer = async {
             self.control.send(message(number)).await?;
             receiver.await.map_err(|_| NotConnected)
         };
         let answer = tokio::time::timeout(time, answer).await;
-        lock(&self.requests).remove(&number);
+        lock(&self.requests).answers.remove(&number);
         Ok(answer.map_err(|_| RequestError::TimedOut)??)
+    }
+
+    /// Asks for a session; `message` is given the request's number and the first flight of a handshake. With the answer,
+    /// the handshake, if it was passed on.
+    ///
+    /// # Errors
+    /// [`RequestError`].
+    pub async fn request_session(
+        &self,
+        time: Duration,
+        via: Via,
+        message: impl FnOnce(u64, Vec<u8>) -> Up,
+    ) -> Result<(Down, Option<Opening>), RequestError> {
+        let begun = via.wants_relay().then(|| Opening::technician(&self.identity.get()).ok()).flatten();
+        let (mut opening, flight) = match begun {
+            Some((opening, flight)) => (Some(opening), flight.await.unwrap_or_default()),
+            None => (None, vec![]),
+        };
+        let (sender, receiver) = oneshot::channel();
+        let requests = self.requests.clone();
+        let message = |number| {
+            let mut requests = lock(&requests);
+            requests.flights.retain(|_, waiting| !waiting.is_closed());
+            requests.flights.insert(number, sender);
+            message(number, flight)
+        };
+        let answer = self.request(time, message).await?;
+        opening.take_if(|_| !matches!(&answer, Down::Granted(grant) if grant.flight_passed));
+        if let Some(opening) = &mut opening {
+            opening.answered_by(receiver);
+        }
+        Ok((answer, opening))
+    }
+
+    /// The agent's answer to the handshake that comes with an offer.
+    pub fn take_flight(&self, offer: &mut Grant) -> Option<(Opening, Flight)> {
+        let technician = DeviceId::try_from(&offer.peer[..]).ok()?;
+        let first = Some(std::mem::take(&mut offer.flight)).filter(|flight| !flight.is_empty())?;
+        Opening::agent(&self.identity.get(), technician, first).ok()
     }
 
     /// Completes with the reason when the mediator says that this session, of which a redirector is this end, is over.
@@ -174,7 +217,8 @@ impl Hub {
     }
 
     /// Starts this end of a session that was granted. `called` is the name or device id that the user
-    /// asked for: whatever the mediator says, the other end's certificate must have it.
+    /// asked for: whatever the mediator says, the other end's certificate must have it. `opening` is the handshake that
+    /// has begun with the request.
     ///
     /// # Errors
     /// [`NotOpened`].
@@ -184,6 +228,7 @@ impl Hub {
         grant: Grant,
         via: Via,
         called: Option<&str>,
+        opening: Option<Opening>,
     ) -> Result<OpenSession, NotOpened> {
         let id = SessionId::try_from(&grant.session[..]).map_err(|_| NotOpened::Nonsense)?;
         let peer = DeviceId::try_from(&grant.peer[..]).map_err(|_| NotOpened::Nonsense)?;
@@ -208,8 +253,12 @@ impl Hub {
             control: self.control.clone(),
             direct: if via.wants_direct() { self.direct_endpoint(&welcome) } else { None },
             stun: StunServers::of(&welcome),
+            many_socket_probing: self.identity.get().p2p.many_socket_probing
+                && !welcome.no_many_socket_probing,
+            port_mapping: self.identity.get().p2p.port_mapping && !welcome.no_port_mapping,
             downs,
             grant,
+            opening,
         });
         sessions.open.insert(id, Entry { peer, peer_key, tunnel: tunnel.clone(), downs: sender });
         drop(sessions);
@@ -236,9 +285,16 @@ impl Hub {
     fn direct_endpoint(&self, welcome: &Welcome) -> Option<Arc<DirectEndpoint>> {
         let mut direct = lock(&self.direct);
         if direct.is_none() {
-            let ports = parse_ports(&welcome.p2p_ports).unwrap_or(DEFAULT_PORTS);
             let loopback = welcome.stun.iter().any(|server| is_loopback(server));
-            match DirectEndpoint::bind(self.identity.clone(), ports, loopback) {
+            let peers = operators_ports(welcome);
+            let p2p = &self.identity.get().p2p;
+            let config = BindConfig {
+                ports: ports(&peers, p2p),
+                peers,
+                loopback,
+                public: p2p.public_addresses.clone(),
+            };
+            match DirectEndpoint::bind(self.identity.clone(), config) {
                 Ok(endpoint) => *direct = Some(endpoint),
                 Err(error) => warn!(%error, "no direct paths: sessions run on the relay"),
             }
@@ -259,7 +315,7 @@ async fn read(
     control: Control,
     identity: Arc<Live>,
     sessions: Sessions,
-    requests: Arc<Mutex<HashMap<u64, oneshot::Sender<Down>>>>,
+    requests: Requests,
     offers: mpsc::Sender<Grant>,
 ) {
     let probing = Arc::new(Semaphore::new(1));
@@ -286,11 +342,18 @@ async fn read(
                 }
                 continue;
             }
+            Down::Answered(answered) => {
+                if let Some(waiting) = lock(&requests).flights.remove(&answered.request) {
+                    let _ = waiting.send(answered.flight.clone());
+                }
+                continue;
+            }
             // The channel's keeper has taken it; or it is for relays.
             Down::Welcome(_) | Down::Update(_) | Down::Serve(_) => continue,
             Down::Agents(agents) => (agents.request, None),
             Down::Granted(grant) => (grant.request, None),
             Down::Redirected(redirected) => (redirected.request, None),
+            Down::Examined(examined) => (examined.request, None),
             Down::Refused(refused) => (refused.request, None),
             Down::Closed(closed) => {
                 close(closed, &sessions);
@@ -306,7 +369,7 @@ async fn read(
                 // A session that does not keep up loses candidates, which are said again.
                 let _ = sender.try_send(down);
             }
-        } else if let Some(waiting) = lock(&requests).remove(&request) {
+        } else if let Some(waiting) = lock(&requests).answers.remove(&request) {
             let _ = waiting.send(down);
         } else {
             debug!(request, "an answer that nobody waits for");
@@ -352,14 +415,55 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn parse_ports(text: &str) -> Option<RangeInclusive<u16>> {
-    let (first, last) = text.split_once('-')?;
-    let (first, last) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
-    (first > 0 && first <= last).then_some(first..=last)
+fn operators_ports(welcome: &Welcome) -> RangeInclusive<u16> {
+    parse_ports(&welcome.p2p_ports).unwrap_or(DEFAULT_PORTS)
+}
+
+/// Those of the operator's ports that this machine's owner permits.
+fn ports(operators: &RangeInclusive<u16>, own: &P2p) -> RangeInclusive<u16> {
+    own.ports.clone().map_or(operators.clone(), |own| {
+        let narrower = *own.start().max(operators.start())..=*own.end().min(operators.end());
+        if narrower.is_empty() {
+            let (own, operators) = (format_args!("{own:?}"), format_args!("{operators:?}"));
+            warn!(%own, %operators, "[p2p] ports of this device has nothing in common with the operator's");
+        }
+        narrower
+    })
 }
 
 /// A server on this very machine: everything runs here, as in the demo.
 fn is_loopback(server: &str) -> bool {
     let host = server.rsplit_once(':').map_or(server, |(host, _)| host).trim_matches(['[', ']']);
     host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_only_narrows_the_operators_ports() {
+        let welcome = |p2p_ports: &str| Welcome { p2p_ports: p2p_ports.into(), ..Welcome::default() };
+        let own = |ports: Option<RangeInclusive<u16>>| P2p { ports, ..P2p::default() };
+        for (operators, own_ports, expected) in [
+            ("40000-41000", None, 40_000..=41_000),
+            ("40000-41000", Some(40_500..=40_600), 40_500..=40_600),
+            ("40000-41000", Some(39_000..=40_010), 40_000..=40_010),
+            ("40000-41000", Some(40_990..=65_535), 40_990..=41_000),
+            ("no ports", None, DEFAULT_PORTS),
+        ] {
+            assert_eq!(ports(&operators_ports(&welcome(operators)), &own(own_ports)), expected);
+        }
+        assert!(ports(&(40_000..=41_000), &own(Some(20_000..=20_100))).is_empty());
+    }
+
+    #[test]
+    fn loopback_is_recognised_in_every_form() {
+        for server in ["127.0.0.1:8002", "[::1]:8002", "localhost:8002", "127.1.2.3:1"] {
+            assert!(is_loopback(server), "{server}");
+        }
+        for server in ["192.0.2.1:8002", "[2001:db8::1]:8002", "localhost.example:8002"] {
+            assert!(!is_loopback(server), "{server}");
+        }
+    }
 }

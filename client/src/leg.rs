@@ -8,7 +8,6 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -19,6 +18,7 @@ use adit_protocol::ticket::Ticket;
 use adit_tunnel::session::CarrierKind;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsStream;
 use tokio_tungstenite::client_async_with_config;
@@ -51,7 +51,7 @@ pub type LegStream = Either<TcpStream, Box<WebSocketBytes<TlsStream<TcpStream>>>
 pub struct Leg {
     stream: LegStream,
     paired: bool,
-    heard: Arc<AtomicBool>,
+    heard: watch::Sender<bool>,
 }
 
 /// Connects to the relay and shows the ticket. The way of `first` (8002 or 443) has a head start on the other.
@@ -163,12 +163,12 @@ async fn web(
 
 impl Leg {
     fn new(stream: LegStream) -> Self {
-        Self { stream, paired: false, heard: Arc::default() }
+        Self { stream, paired: false, heard: watch::Sender::new(false) }
     }
 
     /// Whether the relay has said a word; also when the leg itself is elsewhere by then.
-    pub fn heard(&self) -> Arc<AtomicBool> {
-        self.heard.clone()
+    pub fn heard(&self) -> watch::Receiver<bool> {
+        self.heard.subscribe()
     }
 
     /// What carries it.
@@ -271,7 +271,7 @@ impl AsyncRead for Leg {
             let mut status = ReadBuf::new(&mut byte);
             ready!(Pin::new(&mut self.stream).poll_read(cx, &mut status))?;
             let Some(&byte) = status.filled().first() else { return Poll::Ready(Ok(())) };
-            self.heard.store(true, Ordering::Relaxed);
+            self.heard.send_replace(true);
             match Status::try_from(byte) {
                 Ok(Status::Paired) => self.paired = true,
                 Ok(status) => return Poll::Ready(Err(io::Error::other(RelayRefused::Known(status)))),

@@ -8,6 +8,8 @@ pub mod control;
 pub mod copy;
 pub mod dial;
 pub mod direct;
+pub mod doctor;
+pub mod early;
 pub mod enrol;
 pub mod events;
 pub mod exit;
@@ -32,3 +34,5 @@ pub mod tls;
 pub mod tunnel;
 pub mod via;
 pub mod websocket;
+
+pub use os::raise_descriptor_limit;

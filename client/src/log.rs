@@ -19,6 +19,9 @@ use crate::service::log_file::LogFile;
 /// passwords. No filter of the user's brings that back.
 const CARRIERS: [&str; 4] = ["tungstenite", "tokio_tungstenite", "sqlx", "hyper"];
 
+/// A library that warns, at each change of the network, of what we do without. A filter that names it hears it.
+const CHATTERER: &str = "netwatch";
+
 /// Where servers find their filter.
 const VARIABLE: &str = "ADIT_LOG";
 
@@ -56,9 +59,11 @@ fn init(
     writer: impl for<'a> MakeWriter<'a> + Send + Sync + 'static,
 ) -> Result<(), InvalidFilter> {
     let wanted = EnvFilter::builder().parse(filter).map_err(|_| InvalidFilter)?;
-    let harmless = filter_fn(|metadata| {
-        *metadata.level() <= Level::INFO
-            || !CARRIERS.iter().any(|carrier| metadata.target().starts_with(carrier))
+    let wants_chatter = filter.contains(CHATTERER);
+    let harmless = filter_fn(move |metadata| {
+        let carries = CARRIERS.iter().any(|carrier| metadata.target().starts_with(carrier));
+        let chatters = metadata.target().starts_with(CHATTERER) && !wants_chatter;
+        *metadata.level() <= if chatters { Level::ERROR } else { Level::INFO } || !(carries || chatters)
     });
     // Without a hint of its own it would take away that of `wanted`, and every library would make its TRACE lines.
     let harmless = harmless.with_max_level_hint(LevelFilter::TRACE);

@@ -2,11 +2,12 @@
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::num::NonZeroU16;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use adit_protocol::control::{Probe, Probed, Reached};
-use adit_tunnel::path::stun;
+use adit_tunnel::path::{self, stun};
 use stun_rs::MessageDecoderBuilder;
 use stun_rs::attributes::stun::XorMappedAddress;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -15,6 +16,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::dial::{self, DialError};
+use crate::direct::port_mapping;
 use crate::identity::Identity;
 use crate::tls;
 
@@ -30,19 +32,34 @@ const SENT_AWAY: Duration = Duration::from_secs(7);
 /// Tries everything that the mediator asks about, at once. TLS is tried with this device's own identity, the
 /// relay with nothing, so that it must send us away.
 pub async fn run(identity: Arc<Identity>, probe: Probe) -> Probed {
-    let Probe { request, https, relay, stun } = probe;
+    let Probe { request, https, relay, stun, vantage, port_mapping: may_map } = probe;
     let mut tries = JoinSet::new();
+    let servers: Vec<String> = stun.iter().chain(&vantage).take(MAX_ADDRESSES).cloned().collect();
+    if !servers.is_empty() {
+        let ours = servers.clone();
+        tries.spawn(async move { nat(&ours).await });
+        tries.spawn(async move { ipv6(&servers).await });
+    }
+    if may_map && identity.p2p.port_mapping {
+        tries.spawn(mapped_port());
+    }
     for address in https.into_iter().take(MAX_ADDRESSES) {
         let identity = identity.clone();
-        tries.spawn(async move { reached("https", address.clone(), control(&address, &identity).await) });
+        tries.spawn(
+            async move { Some(reached("https", address.clone(), control(&address, &identity).await)) },
+        );
     }
     for address in relay.into_iter().take(MAX_ADDRESSES) {
-        tries.spawn(async move { reached("relay", address.clone(), stranger(&address).await) });
+        tries.spawn(async move { Some(reached("relay", address.clone(), stranger(&address).await)) });
     }
     for address in stun.into_iter().take(MAX_ADDRESSES) {
-        tries.spawn(async move { reached("stun", address.clone(), binding(&address).await) });
+        tries.spawn(async move { Some(reached("stun", address.clone(), binding(&address).await)) });
     }
-    let mut results = tries.join_all().await;
+    let mut results: Vec<Reached> = tries.join_all().await.into_iter().flatten().collect();
+    if Nat::among(&results) == Nat::None {
+        // There is nothing to map.
+        results.retain(|found| found.what != "port-mapping");
+    }
     results.sort_by(|a, b| (&a.what, &a.address).cmp(&(&b.what, &b.address)));
     Probed { request, results }
 }
@@ -71,15 +88,14 @@ async fn control(address: &str, identity: &Identity) -> Found {
 }
 
 /// A relay must take the connection, and forward nothing without a ticket: it sends one byte that says so, or
-/// none, and closes.
+/// none, and closes. We hang up first, which costs a stranger least there.
 async fn stranger(address: &str) -> Found {
     let start = Instant::now();
     let mut stream = dial::tcp(address).await.map_err(|error: DialError| error.to_string())?;
     let time = start.elapsed();
     let mut answer = [0; 64];
     let sent_away = async {
-        // A preamble with nothing in it.
-        stream.write_all(&[0, 0]).await?;
+        stream.shutdown().await?;
         let mut count = 0;
         loop {
             match stream.read(&mut answer[count..]).await? {
@@ -98,6 +114,158 @@ async fn stranger(address: &str) -> Found {
         Ok(Err(error)) => Err(error.to_string()),
         Err(_) => Err("it keeps a stranger's connection: that is no relay of adit".to_owned()),
     }
+}
+
+/// How the NAT in front of a device maps, as far as STUN servers show it (RFC 5780 section 4.3).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Nat {
+    /// The device has its public address itself.
+    None,
+    /// The same address for all destinations.
+    Independent,
+    /// Another port for another destination, one after the other.
+    Sequential,
+    /// Another port for another destination, at random.
+    Random,
+    /// There is one; one server alone does not show more.
+    Unknown,
+    /// No answer at all.
+    Blocked,
+}
+
+impl Nat {
+    /// All of them.
+    pub const ALL: [Self; 6] =
+        [Self::None, Self::Independent, Self::Sequential, Self::Random, Self::Unknown, Self::Blocked];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Independent => "independent",
+            Self::Sequential => "sequential",
+            Self::Random => "random",
+            Self::Unknown => "unknown",
+            Self::Blocked => "blocked",
+        }
+    }
+
+    /// As a result says ([`Reached::what`]).
+    pub fn of(found: &Reached) -> Self {
+        Self::ALL.into_iter().find(|nat| nat.name() == found.detail).unwrap_or(Self::Unknown)
+    }
+
+    /// What all these results say.
+    pub fn among(results: &[Reached]) -> Self {
+        results.iter().find(|found| found.what == "nat").map_or(Self::Unknown, Self::of)
+    }
+}
+
+/// Asks all servers by IPv4 from one socket: how each of them sees it.
+async fn nat(servers: &[String]) -> Option<Reached> {
+    let servers = resolved(servers, SocketAddr::is_ipv4).await;
+    let first = *servers.first()?;
+    let seen = seen_by(&servers).await.ok()?;
+    let own = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).await.ok()?;
+    own.connect(first).await.ok()?;
+    let own = own.local_addr().ok()?.ip();
+    // A server that is reached another way sees another address: that says nothing.
+    let is_one = seen.windows(2).all(|pair| pair[0].ip() == pair[1].ip());
+    let nat = match path::Mapping::of(&seen) {
+        _ if seen.is_empty() => Nat::Blocked,
+        _ if seen.iter().all(|seen| seen.ip() == own) => Nat::None,
+        _ if !is_one => Nat::Unknown,
+        path::Mapping::Unknown => Nat::Unknown,
+        path::Mapping::Independent => Nat::Independent,
+        path::Mapping::Sequential => Nat::Sequential,
+        path::Mapping::Random => Nat::Random,
+    };
+    let address = seen.first().map_or(String::new(), SocketAddr::to_string);
+    Some(Reached {
+        what: "nat".into(),
+        address,
+        ok: nat != Nat::Blocked,
+        micros: 0,
+        detail: nat.name().into(),
+    })
+}
+
+/// Whether the router in front lets others in when it is asked: for a port of ours, for a moment.
+async fn mapped_port() -> Option<Reached> {
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).await.ok()?;
+    let port = NonZeroU16::new(socket.local_addr().ok()?.port())?;
+    let what = "port-mapping".to_owned();
+    let start = Instant::now();
+    let Some((address, detail)) = port_mapping::try_once(port).await else {
+        let detail = "PCP, NAT-PMP and UPnP were tried".to_owned();
+        return Some(Reached { what, address: String::new(), ok: false, micros: 0, detail });
+    };
+    let micros = start.elapsed().as_micros() as u64;
+    Some(Reached { what, address: address.to_string(), ok: true, micros, detail })
+}
+
+/// Whether IPv6 leads to the servers. `None`: they have none.
+async fn ipv6(servers: &[String]) -> Option<Reached> {
+    let servers = resolved(servers, SocketAddr::is_ipv6).await;
+    servers.first()?;
+    let seen = match seen_by(&servers).await {
+        Ok(seen) => seen.first().copied().ok_or_else(|| "no answer".to_owned()),
+        Err(error) => Err(error.to_string()),
+    };
+    let (ok, what) = (seen.is_ok(), "ipv6".to_owned());
+    let address = seen.as_ref().map_or(String::new(), SocketAddr::to_string);
+    Some(Reached { what, address, ok, micros: 0, detail: seen.err().unwrap_or_default() })
+}
+
+/// The first address of each that is of this version, each once.
+async fn resolved(servers: &[String], version: fn(&SocketAddr) -> bool) -> Vec<SocketAddr> {
+    let mut found = Vec::new();
+    for server in servers {
+        let lookup = timeout(TRY, tokio::net::lookup_host(server)).await;
+        let address = lookup.ok().and_then(Result::ok).and_then(|mut all| all.find(version));
+        found.extend(address.filter(|address| !found.contains(address)));
+    }
+    found
+}
+
+/// How these servers see one socket, in the order in which they were asked; those that do not answer are left out.
+async fn seen_by(servers: &[SocketAddr]) -> io::Result<Vec<SocketAddr>> {
+    let is_ipv4 = servers.first().is_some_and(SocketAddr::is_ipv4);
+    let any = if is_ipv4 { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind(SocketAddr::new(any, 0)).await?;
+    let requests: Vec<[u8; 12]> = servers.iter().map(|_| rand::random()).collect();
+    let mut seen = vec![None; servers.len()];
+    let mut in_order = Vec::new();
+    for _ in 0..TRIES {
+        let asked: Vec<usize> = (0..servers.len()).filter(|at| seen[*at].is_none()).collect();
+        for (at, server) in asked.iter().map(|at| (*at, &servers[*at])) {
+            // An unreachable one is as good as silent.
+            let _ = socket.send_to(&stun::binding_request(requests[at]), server).await;
+        }
+        let answers = async {
+            let mut buffer = [0; 576];
+            while seen.contains(&None) {
+                let Ok((count, from)) = socket.recv_from(&mut buffer).await else { continue };
+                let answer = &buffer[..count];
+                let at = requests.iter().position(|id| answer.get(8..20) == Some(&id[..]));
+                if let Some(at) = at.filter(|at| servers[*at] == from) {
+                    seen[at] = mapped(answer);
+                }
+            }
+        };
+        let done = timeout(TRY, answers).await.is_ok();
+        in_order.extend(asked.iter().filter_map(|at| seen[*at]));
+        if done {
+            break;
+        }
+    }
+    Ok(in_order)
+}
+
+/// The address in an answer of a STUN server.
+fn mapped(answer: &[u8]) -> Option<SocketAddr> {
+    let (message, _) = MessageDecoderBuilder::default().build().decode(answer).ok()?;
+    let mapped = message.get::<XorMappedAddress>()?.as_xor_mapped_address().ok()?;
+    Some(*mapped.socket_address())
 }
 
 /// A STUN Binding request (RFC 8489) and its answer; finds out the address that the server sees.
@@ -134,12 +302,8 @@ async fn ask(server: SocketAddr) -> io::Result<(Duration, String)> {
             }
         };
         let Ok(count) = timeout(TRY, answered).await else { continue };
-        let decoded = MessageDecoderBuilder::default().build().decode(&answer[..count?]);
-        let mapped = decoded.ok().and_then(|(message, _)| {
-            let mapped = message.get::<XorMappedAddress>()?.as_xor_mapped_address().ok()?;
-            Some(mapped.socket_address().to_string())
-        });
-        let mapped = mapped.ok_or_else(|| io::Error::other("what answers there is no STUN server"))?;
+        let mapped = mapped(&answer[..count?])
+            .ok_or_else(|| io::Error::other("what answers there is no STUN server"))?;
         return Ok((start.elapsed(), format!("sees {mapped}")));
     }
     Err(io::Error::new(io::ErrorKind::TimedOut, format!("no answer to {TRIES} requests")))
@@ -181,8 +345,8 @@ mod tests {
             let serving = async {
                 let (mut stream, _) = listener.accept().await.expect("accepts");
                 let mut preamble = [0; 2];
-                stream.read_exact(&mut preamble).await.expect("reads");
-                stream.write_all(answer).await.expect("writes");
+                assert_eq!(stream.read(&mut preamble).await.expect("reads"), 0, "it hangs up");
+                let _ = stream.write_all(answer).await;
             };
             let (found, ()) = tokio::join!(stranger(&address), serving);
             assert_eq!(found.is_ok(), is_relay, "{found:?}");

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use adit_protocol::control::{
-    AgentInfo, Closed, Down, List, Open, PROOF, Redirect, Redirected, Refused, RefusedCode, Up, Web,
+    AgentInfo, Closed, Down, Examine, List, Open, PROOF, Reached, Redirect, Redirected, Refused, RefusedCode,
+    Up, Web,
 };
 use adit_protocol::{Target, Wanted};
 use adit_tunnel::session::End;
@@ -26,6 +27,12 @@ use crate::via::Via;
 /// How long the mediator may take to be reached: all of its addresses, each with its own deadline.
 const CONNECT: Duration = Duration::from_secs(15);
 
+/// How long the mediator may take to answer.
+const ANSWER: Duration = Duration::from_secs(10);
+
+/// How long an agent may take to try everything.
+const EXAMINED: Duration = Duration::from_secs(30);
+
 /// How long a redirector may take until its port is open: the agent and the target have to answer.
 const REDIRECTED: Duration = Duration::from_secs(30);
 
@@ -42,28 +49,36 @@ pub struct Technician {
 }
 
 impl Technician {
-    /// Connects to the mediator. The channel is kept up from then on.
-    ///
-    /// # Errors
-    /// [`TechnicianError`]: the first attempt failed.
-    pub async fn connect(identity: Arc<Live>) -> Result<Self, TechnicianError> {
+    /// Begins to connect to the mediator, and keeps the channel up from then on. What is asked meanwhile is sent as soon
+    /// as there is a channel, and fails where the first attempt does.
+    pub fn connect(identity: Arc<Live>) -> Self {
         let (hub, _no_offers) = Hub::start(identity);
-        let mut state = hub.control().state();
-        let first = state.wait_for(|state| !matches!(state, State::Connecting));
-        let failed = match timeout(CONNECT, first).await {
-            Ok(Ok(state)) => match &*state {
-                State::Disconnected { reason, remedy, exit, .. } => Some(TechnicianError::NoMediator {
-                    reason: reason.clone(),
-                    remedy: remedy.clone(),
-                    exit: *exit,
-                }),
-                _ => None,
+        Self { hub }
+    }
+
+    /// The answer to a request that may have `time`, beside what the first connection takes.
+    async fn answer<T>(
+        &self,
+        time: Duration,
+        asking: impl Future<Output = Result<T, RequestError>>,
+    ) -> Result<T, TechnicianError> {
+        tokio::pin!(asking);
+        let mut state = self.hub.control().state();
+        let first = timeout(CONNECT, state.wait_for(|state| !matches!(state, State::Connecting)));
+        tokio::select! {
+            // What was sent before the first attempt failed was sent for nothing.
+            biased;
+            first = first => match first {
+                Ok(Ok(state)) => if let State::Disconnected { reason, remedy, exit, .. } = &*state {
+                    let (reason, remedy, exit) = (reason.clone(), remedy.clone(), *exit);
+                    return Err(TechnicianError::NoMediator { reason, remedy, exit });
+                },
+                Ok(Err(_)) => return Err(TechnicianError::Gone),
+                Err(_) => return Err(TechnicianError::TimedOut),
             },
-            Ok(Err(_)) => Some(TechnicianError::Gone),
-            Err(_) => Some(TechnicianError::TimedOut),
-        };
-        drop(state);
-        failed.map_or(Ok(Self { hub }), Err)
+            answer = &mut asking => return Ok(answer?),
+        }
+        Ok(timeout(time, asking).await.map_err(|_| RequestError::TimedOut)??)
     }
 
     /// The agents that this technician may reach, sorted by name.
@@ -71,8 +86,22 @@ impl Technician {
     /// # Errors
     /// [`TechnicianError`].
     pub async fn list(&self) -> Result<Vec<AgentInfo>, TechnicianError> {
-        match self.hub.request(|request| Up::List(List { request })).await? {
+        let list = self.hub.request(CONNECT + ANSWER, |request| Up::List(List { request }));
+        match self.answer(ANSWER, list).await? {
             Down::Agents(agents) => Ok(agents.agents),
+            Down::Refused(refused) => Err(TechnicianError::refused(refused)),
+            _ => Err(TechnicianError::Gone),
+        }
+    }
+
+    /// What `agent`, a name or a device id, reaches from where it is.
+    ///
+    /// # Errors
+    /// [`TechnicianError`].
+    pub async fn examine(&self, agent: &str) -> Result<Vec<Reached>, TechnicianError> {
+        let examine = |request| Up::Examine(Examine { request, agent: agent.to_owned() });
+        match self.answer(EXAMINED, self.hub.request(CONNECT + EXAMINED, examine)).await? {
+            Down::Examined(examined) => Ok(examined.results),
             Down::Refused(refused) => Err(TechnicianError::refused(refused)),
             _ => Err(TechnicianError::Gone),
         }
@@ -89,12 +118,16 @@ impl Technician {
         wanted: &[Wanted],
         via: Via,
     ) -> Result<OpenSession, TechnicianError> {
-        let open = |request| {
+        let open = |request, flight| {
             let targets = wanted.iter().map(Wanted::to_string).collect();
-            Up::Open(Open { request, agent: agent.to_owned(), targets, via: via.as_str().to_owned() })
+            Up::Open(Open { request, agent: agent.to_owned(), targets, via: via.as_str().to_owned(), flight })
         };
-        match self.hub.request(open).await? {
-            Down::Granted(grant) => Ok(self.hub.open_session(End::Technician, grant, via, Some(agent))?),
+        let opened = self.hub.request_session(CONNECT + ANSWER, via, open);
+        let (answer, opening) = self.answer(ANSWER, opened).await?;
+        match answer {
+            Down::Granted(grant) => {
+                Ok(self.hub.open_session(End::Technician, grant, via, Some(agent), opening)?)
+            }
             Down::Refused(refused) => Err(TechnicianError::refused(refused)),
             _ => Err(TechnicianError::Gone),
         }
@@ -128,7 +161,8 @@ impl Technician {
                 proves,
             })
         };
-        match self.hub.request_within(REDIRECTED, redirect).await? {
+        let redirected = self.hub.request(CONNECT + REDIRECTED, redirect);
+        match self.answer(REDIRECTED, redirected).await? {
             Down::Redirected(redirected) => {
                 let ended = self.hub.watch(&redirected.session);
                 Ok(RedirectedPort { redirected, is_reached: true, ended })

@@ -74,12 +74,13 @@ pub fn enrol_server(identity: &Identity) -> Result<ServerConfig, TlsError> {
 }
 
 /// Carrier of a tunnel, technician's side (always the TLS and QUIC client): the other end must be
-/// `agent`.
+/// `agent`; with `None` any agent of our organisation, and the caller compares the peer with its session before any byte
+/// is taken.
 ///
 /// # Errors
 /// See [`control_client`].
-pub fn tunnel_client(identity: &Identity, agent: DeviceId) -> Result<ClientConfig, TlsError> {
-    client(identity, Expected::device(Role::Agent, agent), ALPN_TUNNEL)
+pub fn tunnel_client(identity: &Identity, agent: Option<DeviceId>) -> Result<ClientConfig, TlsError> {
+    client(identity, Expected { roles: vec![Role::Agent], device: agent }, ALPN_TUNNEL)
 }
 
 /// Carrier of a tunnel, agent's side: the other end must be `technician`; with `None` any technician

@@ -83,6 +83,7 @@ fn identity(server: SocketAddr) -> Identity {
         key: Arc::new(key),
         revoked: Arc::default(),
         proxies: Default::default(),
+        p2p: Default::default(),
     }
 }
 
@@ -139,7 +140,7 @@ async fn an_alert_that_nobody_has_signed_is_no_word_of_the_mediators() {
     });
     let dialled = ControlChannel::dial(&identity(server), hello(vec![])).await;
     assert!(matches!(dialled, Err(ControlError::Refused(_))), "{dialled:?}");
-    let (control, _downs) = maintain(Live::new(identity(server)), || hello(vec![]));
+    let (control, _downs) = maintain(Live::new(identity(server)), || hello(vec![]), None);
     let mut state = control.state();
     let down = state.wait_for(|state| matches!(state, State::Disconnected { .. })).await.expect("runs");
     assert!(matches!(*down, State::Disconnected { exit: Exit::Refused, turned_away: false, .. }), "{down:?}");

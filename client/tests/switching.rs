@@ -21,6 +21,10 @@ const EACH: u64 = 30_000;
 /// More than any step takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+async fn carry(tunnel: Tunnel, connection: quinn::Connection) -> String {
+    quic_carrier::run(tunnel, connection, None, &std::sync::OnceLock::new()).await
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stream_survives_a_hundred_switches() {
     let id = SessionId([9; 16]);
@@ -105,8 +109,8 @@ async fn attach(technician: &Tunnel, agent: &Tunnel, quic: &Quic, number: usize)
     } else {
         let (one, other) = quic.pair().await;
         (
-            spawn(tokio::spawn(quic_carrier::run(technician.clone(), one, None))),
-            spawn(tokio::spawn(quic_carrier::run(agent.clone(), other, None))),
+            spawn(tokio::spawn(carry(technician.clone(), one))),
+            spawn(tokio::spawn(carry(agent.clone(), other))),
         )
     };
     Carrier(vec![one, other])

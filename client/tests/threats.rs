@@ -94,6 +94,7 @@ fn organisation() -> [Identity; 2] {
             key: Arc::new(key),
             revoked: Arc::default(),
             proxies: Default::default(),
+            p2p: Default::default(),
         }
     })
 }
@@ -102,7 +103,7 @@ fn organisation() -> [Identity; 2] {
 /// and what the relay saw.
 async fn attacked(attack: Attack, seed: u64) -> (Vec<u8>, bool, Vec<u8>) {
     let [technician, agent] = organisation();
-    let client = Arc::new(tls::tunnel_client(&technician, agent.device_id).expect("a configuration"));
+    let client = Arc::new(tls::tunnel_client(&technician, Some(agent.device_id)).expect("a configuration"));
     let server = Arc::new(tls::tunnel_server(&agent, Some(technician.device_id)).expect("a configuration"));
     let (one, near) = duplex(64 * 1024);
     let (other, far) = duplex(64 * 1024);

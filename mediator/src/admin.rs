@@ -88,6 +88,13 @@ pub struct Found {
     pub detail: String,
 }
 
+impl From<Found> for Reached {
+    fn from(found: Found) -> Self {
+        let Found { what, address, ok, micros, detail } = found;
+        Self { what, address, ok, micros, detail }
+    }
+}
+
 impl From<Reached> for Found {
     fn from(reached: Reached) -> Self {
         let Reached { what, address, ok, micros, detail } = reached;

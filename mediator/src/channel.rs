@@ -38,8 +38,14 @@ pub struct Greeting {
     pub servers: Vec<String>,
     /// STUN and handshake servers, `HOST:PORT` each.
     pub stun: Vec<String>,
+    /// The same server's second STUN port, `HOST:PORT` each: it takes no handshakes.
+    pub vantage: Vec<String>,
     /// Ports of the direct path.
     pub p2p_ports: String,
+    /// Whether devices may try many sockets on the way to it.
+    pub many_socket_probing: bool,
+    /// Whether devices may ask routers for ports.
+    pub port_mapping: bool,
     /// Key that signs tickets.
     pub ticket_key: [u8; 32],
 }
@@ -50,7 +56,7 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let Ok(Ok(socket)) = timeout(GREETING, upgrade.accept(wire::websocket_config())).await else { return };
-    let (outgoing, mut incoming) = wire::pump::<_, ToDevice, ToMediator>(socket, Heartbeat::default());
+    let (outgoing, mut incoming) = wire::pump::<_, ToDevice, ToMediator>(socket, Heartbeat::MEDIATOR);
     let Some(hello) = hello(&mut incoming).await else { return };
     let device = match admit(&peer, &broker) {
         Ok(device) => device,
@@ -60,6 +66,11 @@ where
             return;
         }
     };
+    if hello.visits {
+        let _ = outgoing.send(ToDevice { message: Some(Down::Welcome(welcome(&device, &broker))) }).await;
+        let _ = outgoing.send(ToDevice { message: Some(Down::Probe(broker.what_to_try(0))) }).await;
+        return;
+    }
     let arrival = Arrival { device: device.clone(), certificate: peer, from, instance: hello.instance };
     let channel = broker.presence.channel(arrival, outgoing.clone());
     let software: String = hello.software.chars().filter(|c| !c.is_control()).take(MAX_SOFTWARE).collect();
@@ -121,6 +132,7 @@ async fn converse(incoming: &mut Incoming<ToMediator>, channel: &Channel, broker
             Some(Up::Tier(tier)) => broker.tier(device, tier).await,
             Some(Up::Redirect(redirect)) => broker.redirect(channel, redirect),
             Some(Up::Served(served)) => broker.served(device, served),
+            Some(Up::Examine(examine)) => broker.examine(channel, examine),
             // `Hello` comes once; the rest is of a later version.
             Some(Up::Hello(_)) | None => {}
         }
@@ -170,6 +182,7 @@ fn refused(message: &str) -> ToDevice {
 fn welcome(device: &Device, broker: &Broker) -> Welcome {
     let greeting = broker.greeting();
     let mut stun = greeting.stun.clone();
+    stun.extend(greeting.vantage.iter().cloned());
     stun.extend(broker.relays.stun());
     Welcome {
         protocol_version: PROTOCOL_VERSION,
@@ -178,6 +191,8 @@ fn welcome(device: &Device, broker: &Broker) -> Welcome {
         mediator_stun: greeting.stun.len() as u32,
         stun,
         p2p_ports: greeting.p2p_ports.clone(),
+        no_many_socket_probing: !greeting.many_socket_probing,
+        no_port_mapping: !greeting.port_mapping,
         ticket_key: if device.role == Role::Relay { greeting.ticket_key.to_vec() } else { vec![] },
         servers: greeting.servers.clone(),
     }

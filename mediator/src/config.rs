@@ -57,8 +57,10 @@ pub struct Listen {
 pub struct P2p {
     /// UDP ports of the direct path at the devices, `FIRST-LAST`.
     pub ports: String,
-    /// Whether devices may probe with many sockets. Not in this version: none does.
+    /// Whether devices may probe with many sockets.
     pub many_socket_probing: bool,
+    /// Whether devices may ask the routers in front of them for ports.
+    pub port_mapping: bool,
 }
 
 /// Section `[redirector]`.
@@ -130,7 +132,7 @@ impl Config {
 pub fn template(hosts: &[String]) -> String {
     let hosts = hosts.iter().map(|host| format!("{host:?}")).collect::<Vec<_>>().join(", ");
     let Listen { udp, relay, https, diagnostics } = Listen::default();
-    let P2p { ports, many_socket_probing } = P2p::default();
+    let P2p { ports, many_socket_probing, port_mapping } = P2p::default();
     let redirector = Redirector::default().ports.unwrap_or(Ports(0..=0)).0;
     let redirector = format!("{}-{}", redirector.start(), redirector.end());
     let Crowd { unauthenticated, per_source, .. } = Crowd::default();
@@ -161,9 +163,13 @@ diagnostics = "{diagnostics}"
 [p2p]
 # UDP ports that devices use for the direct path, FIRST-LAST.
 ports = "{ports}"
-# Whether devices may probe with many sockets to get through difficult NATs. To some firewalls that
-# looks like a scan. Not in this version: none does.
+# Whether devices may try many sockets where one NAT takes a random port for each destination and the other does not: 256
+# sockets at one end, up to 1024 datagrams to random ports of the other end's address in 4 s, one try at a time, and with one
+# peer at most every 15 s. To some firewalls that looks like a scan. A device's own file may say no, too.
 many_socket_probing = {many_socket_probing}
+# Whether devices may ask the router in front of them for a port (PCP, NAT-PMP, UPnP), while a session finds no direct path
+# without. A device's own file may say no, too.
+port_mapping = {port_mapping}
 
 [redirector]
 # TCP ports for technicians with nothing installed, one for each session that a grant with --redirector allows and the
@@ -257,7 +263,7 @@ impl Default for Listen {
 
 impl Default for P2p {
     fn default() -> Self {
-        Self { ports: "40000-41000".into(), many_socket_probing: true }
+        Self { ports: "40000-41000".into(), many_socket_probing: true, port_mapping: true }
     }
 }
 

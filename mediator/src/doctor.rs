@@ -5,13 +5,14 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
+use adit_client::doctor::{Finding, reached};
 use adit_client::identity::Peer;
 use adit_client::probe;
 use adit_protocol::Role;
 use adit_protocol::control::Probe;
 use adit_relay::certificates;
 
-use crate::admin::{self, About, Answer, Found, Request};
+use crate::admin::{self, About, Answer, Request};
 use crate::config::Config;
 use crate::error::Error;
 use crate::operator::Operator;
@@ -21,42 +22,6 @@ use crate::organisation::{Organisation, ROOT_KEY, unix_now};
 const LITTLE: u64 = 500 << 20;
 /// A certificate that ends within this time should have been renewed. Seconds.
 const SOON: u64 = 30 * 24 * 60 * 60;
-
-/// How serious a finding is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Level {
-    /// All is well.
-    Fine,
-    /// Worth knowing.
-    Note,
-    /// Something does not work.
-    Fault,
-}
-
-/// One thing that was looked at.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Finding {
-    /// How serious.
-    pub level: Level,
-    /// What was looked at, and what was found.
-    pub text: String,
-    /// What to do.
-    pub remedy: Option<String>,
-}
-
-impl Finding {
-    fn fine(text: impl Into<String>) -> Self {
-        Self { level: Level::Fine, text: text.into(), remedy: None }
-    }
-
-    fn note(text: impl Into<String>, remedy: &str) -> Self {
-        Self { level: Level::Note, text: text.into(), remedy: Some(remedy.to_owned()) }
-    }
-
-    fn fault(text: impl Into<String>, remedy: &str) -> Self {
-        Self { level: Level::Fault, text: text.into(), remedy: Some(remedy.to_owned()) }
-    }
-}
 
 /// Looks at everything on this server, and from `agent` where one is named.
 ///
@@ -80,14 +45,17 @@ pub async fn examine(dir: &Path, agent: Option<&str>) -> Result<Vec<Finding>, Er
     };
     findings.extend(listeners(&about, &organisation.config));
     let About { https, relay, stun, .. } = about;
-    let probe = Probe { request: 0, https, relay, stun };
+    let probe = Probe { request: 0, https, relay, stun, vantage: vec![], port_mapping: false };
     let probed = probe::run(organisation.identity.into(), probe).await;
-    findings.extend(probed.results.into_iter().map(Found::from).map(|found| reached("here", &found)));
+    // From the server itself there is no NAT to know about.
+    let servers =
+        probed.results.iter().filter(|found| ["https", "relay", "stun"].contains(&found.what.as_str()));
+    findings.extend(servers.filter_map(|found| reached("here", found)));
     if let Some(name) = agent {
         let agent = operator.device(name, Some(Role::Agent)).await?;
         match admin::ask(dir, &Request::Probe { agent: agent.id }).await? {
             Some(Answer::Probed { results }) => {
-                findings.extend(results.iter().map(|found| reached(&agent.name, found)));
+                findings.extend(results.into_iter().filter_map(|found| reached(&agent.name, &found.into())));
             }
             Some(Answer::Failed { why }) => findings.push(Finding::fault(
                 format!("{} could not try it: {why}", agent.name),
@@ -212,8 +180,14 @@ async fn hosts(config: &Config) -> Vec<Finding> {
 /// What the mediator's process listens on, and nothing else.
 fn listeners(about: &About, config: &Config) -> Vec<Finding> {
     let listen = &config.listen;
-    let expected =
-        [("tcp", listen.https), ("tcp", listen.relay), ("tcp", listen.diagnostics), ("udp", listen.udp)];
+    let expected = [
+        ("tcp", listen.https),
+        ("tcp", listen.relay),
+        ("tcp", listen.diagnostics),
+        ("udp", listen.udp),
+        // The second STUN port.
+        ("udp", listen.https),
+    ];
     let found = &about.listening;
     if found.is_empty() {
         return vec![Finding::note(
@@ -280,58 +254,4 @@ pub fn own_sockets() -> Vec<(String, SocketAddr)> {
 #[cfg(not(target_os = "linux"))]
 pub fn own_sockets() -> Vec<(String, SocketAddr)> {
     vec![]
-}
-
-fn reached(from: &str, found: &Found) -> Finding {
-    let Found { what, address, ok, micros, detail } = found;
-    let (protocol, name, remedy) = match what.as_str() {
-        "https" => (
-            "tcp",
-            "mediator",
-            "check that name and port lead here, and that firewalls let TCP through unopened",
-        ),
-        "relay" => {
-            ("tcp", "relay", "open that TCP port in the firewalls: without it UDP-less networks have no way")
-        }
-        _ => ("udp", "STUN", "open that UDP port in the firewalls: without it no session gets direct"),
-    };
-    let millis = *micros as f64 / 1000.0;
-    match ok {
-        true => {
-            Finding::fine(format!("from {from}: {name} at {address}/{protocol} in {millis:.1} ms ({detail})"))
-        }
-        false => Finding::fault(format!("from {from}: {name} at {address}/{protocol}: {detail}"), remedy),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_was_not_reached_comes_with_its_remedy() {
-        let found = |ok| Found {
-            what: "stun".into(),
-            address: "a.example:8002".into(),
-            ok,
-            micros: 1500,
-            detail: "why".into(),
-        };
-        let fine = reached("desk", &found(true));
-        assert_eq!(
-            (fine.level, fine.text.as_str()),
-            (Level::Fine, "from desk: STUN at a.example:8002/udp in 1.5 ms (why)")
-        );
-        let fault = reached("desk", &found(false));
-        assert!(
-            fault.level == Level::Fault && fault.remedy.is_some_and(|remedy| remedy.contains("UDP port"))
-        );
-    }
-
-    #[tokio::test]
-    async fn a_host_that_only_this_machine_reaches_is_noted() {
-        let config: Config = toml::from_str("hosts = ['127.0.0.1', 'nothing.invalid']").expect("reads");
-        let levels: Vec<Level> = hosts(&config).await.iter().map(|finding| finding.level).collect();
-        assert_eq!(levels, [Level::Note, Level::Fault]);
-    }
 }

@@ -119,6 +119,7 @@ impl Organisation {
             key: Arc::new(read_key(dir, SERVER_KEY)?),
             revoked: Arc::default(),
             proxies: Default::default(),
+            p2p: Default::default(),
         };
         let mut organisation = Self {
             dir: dir.to_owned(),

@@ -64,6 +64,7 @@ const MAX_CHANNELS: usize = 20_000;
 pub struct Sockets {
     https: TcpListener,
     udp: UdpSocket,
+    vantage: Option<UdpSocket>,
     diagnostics: TcpListener,
     relay: Option<TcpListener>,
 }
@@ -77,9 +78,18 @@ impl Sockets {
         let file = dir.join(config::FILE);
         let setting = |key| Setting { key, file: &file };
         let tcp = |key, address| listen::tcp(setting(key), address);
+        // STUN from a second port, so that devices learn how their NAT maps where all runs on one machine. The port of
+        // HTTPS, because it is known and open; without it, less is known.
+        let vantage = match config.https.port() {
+            0 => None,
+            _ => listen::udp(setting("[listen] https"), config.https)
+                .inspect_err(|error| info!(%error, "no second STUN port: difficult NATs are not recognised"))
+                .ok(),
+        };
         Ok(Self {
             https: tcp("[listen] https", config.https)?,
             udp: listen::udp(setting("[listen] udp"), config.udp)?,
+            vantage,
             diagnostics: tcp("[listen] diagnostics", config.diagnostics)?,
             relay: with_relay.then(|| tcp("[listen] relay", config.relay)).transpose()?,
         })
@@ -92,6 +102,7 @@ pub struct Mediator {
     doors: Arc<Doors>,
     https: TcpListener,
     udp: UdpSocket,
+    vantage: Option<UdpSocket>,
     diagnostics: TcpListener,
     registry: Registry,
     relay: Option<(Arc<adit_relay::Relay>, TcpListener)>,
@@ -108,6 +119,8 @@ struct Settings {
     dir: PathBuf,
     ticket_key: [u8; 32],
     relay: Option<DeviceId>,
+    /// Whether there is a second STUN port.
+    has_vantage: bool,
     certificates: Arc<Certificates>,
 }
 
@@ -142,7 +155,7 @@ impl Mediator {
         let store = Store::open(&dir.join(DATABASE)).await?;
         let audit = Audit::open(&dir.join(AUDIT))?;
         let broker = Broker::new(store, audit, organisation.keyring(), seed).await.map_err(database)?;
-        broker.set_greeting(greeting(config, ticket_key.public_key()));
+        broker.set_greeting(greeting(config, ticket_key.public_key(), sockets.vantage.is_some()));
         broker.set_redirectors(config.redirector.relays.clone());
         broker.load_list().await.map_err(database)?;
         let mut registry = Registry::default();
@@ -204,14 +217,16 @@ impl Mediator {
             dir: dir.clone(),
             ticket_key: ticket_key.public_key(),
             relay: relay.as_ref().map(|_| *relay_id),
+            has_vantage: sockets.vantage.is_some(),
             certificates: certificates.clone(),
         };
-        let Sockets { https, udp, diagnostics, .. } = sockets;
+        let Sockets { https, udp, vantage, diagnostics, .. } = sockets;
         Ok(Self {
             broker,
             doors,
             https,
             udp,
+            vantage,
             diagnostics,
             registry,
             relay,
@@ -245,6 +260,13 @@ impl Mediator {
         let registry = Arc::new(self.registry);
         tasks.spawn(diagnostics::serve(self.diagnostics, registry, ready.clone(), stopped()));
         tasks.spawn(stun::serve(self.udp, self.broker.clone()));
+        if let Some(vantage) = self.vantage {
+            let stopped = stopped();
+            tasks.spawn(async move {
+                adit_relay::stun::serve(vantage, stopped).await;
+                Ok(())
+            });
+        }
         if let Some((relay, listener)) = self.relay {
             let stopped = stopped();
             tasks.spawn(async move {
@@ -361,7 +383,7 @@ impl Settings {
             let https = config.reached_at(config.listen.https);
             broker.relay_moved(relay, config.reached_at(config.listen.relay), https);
         }
-        broker.set_greeting(greeting(&config, self.ticket_key));
+        broker.set_greeting(greeting(&config, self.ticket_key, self.has_vantage));
         Ok(())
     }
 }
@@ -471,12 +493,15 @@ impl Doors {
     }
 }
 
-fn greeting(config: &Config, ticket_key: [u8; 32]) -> Greeting {
+fn greeting(config: &Config, ticket_key: [u8; 32], has_vantage: bool) -> Greeting {
     Greeting {
         hosts: config.hosts.clone(),
         servers: config.reached_at(config.listen.https),
         stun: config.reached_at(config.listen.udp),
+        vantage: if has_vantage { config.reached_at(config.listen.https) } else { vec![] },
         p2p_ports: config.p2p.ports.clone(),
+        many_socket_probing: config.p2p.many_socket_probing,
+        port_mapping: config.p2p.port_mapping,
         ticket_key,
     }
 }

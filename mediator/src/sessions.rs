@@ -74,6 +74,8 @@ pub struct Session {
     away: Option<Instant>,
     /// The carrier that the agent named last.
     carrier: String,
+    /// The request with which a flight came for the agent, until it has answered.
+    pub request: Option<u64>,
     /// Changes of it that may still be written down in this minute, and when it began.
     moves: (u32, Instant),
 }
@@ -91,6 +93,7 @@ impl Session {
             wished: None,
             away: None,
             carrier: String::new(),
+            request: None,
             moves: (MOVES, now),
         }
     }
@@ -305,6 +308,13 @@ impl Sessions {
         session.moves.0 -= 1;
         let first = std::mem::replace(&mut session.carrier, carrier.to_owned()).is_empty();
         Some((session.clone(), first))
+    }
+
+    /// The agent has answered, for the first time: which request, and on which channel it came.
+    pub fn answered(&mut self, id: SessionId, device: &Device) -> Option<(u64, Channel)> {
+        let session = self.live.get_mut(&id).filter(|session| session.agent.device.id == device.id)?;
+        let request = session.request.take()?;
+        Some((request, session.technician.channel.clone()?))
     }
 
     /// Notes which relays both ends hold tickets for.

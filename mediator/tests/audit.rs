@@ -1,18 +1,15 @@
 //! No grant without its record on the disk, whatever happens to the mediator.
-#![cfg(unix)]
-
-mod common;
 
 use std::collections::HashSet;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::common::Server;
 use adit_client::control::{ControlChannel, hello};
 use adit_client::identity::Identity;
 use adit_protocol::control::{Down, Open, Up};
 use adit_protocol::{Role, SessionId};
-use common::Server;
 use tokio::time::timeout;
 
 /// How often the mediator is killed.
@@ -53,6 +50,7 @@ async fn ask(technician: Identity) -> HashSet<String> {
         agent: "desk".into(),
         targets: vec!["127.0.0.1:22".into()],
         via: "auto".into(),
+        flight: vec![],
     };
     while channel.send(Up::Open(open())).await.is_ok() {
         match channel.recv().await {
@@ -96,8 +94,8 @@ async fn fault_audit_200_kills() {
         // Spread over everything from the first request on.
         tokio::time::sleep(Duration::from_micros(rand::random_range(0..60_000))).await;
         mediator.kill();
-        let granted = timeout(common::PATIENCE, asking).await.expect("in time").expect("no panic");
-        let offered = timeout(common::PATIENCE, taking).await.expect("in time").expect("no panic");
+        let granted = timeout(crate::common::PATIENCE, asking).await.expect("in time").expect("no panic");
+        let offered = timeout(crate::common::PATIENCE, taking).await.expect("in time").expect("no panic");
         let recorded: HashSet<String> = std::fs::read_to_string(server.dir.path().join("audit.jsonl"))
             .expect("reads")
             .lines()

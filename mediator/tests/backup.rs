@@ -1,7 +1,4 @@
 //! Backup while everything is in use, and restore: every device comes back; from a damaged file, nothing does.
-#![cfg(unix)]
-
-mod common;
 
 use std::collections::HashSet;
 use std::fs;
@@ -12,6 +9,7 @@ use std::process::{Command, Stdio};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::common::{PATIENCE, Server, dial, dial_with, live, open, recv};
 use adit_client::control::{ControlChannel, hello};
 use adit_client::identity::revocation::Revocations;
 use adit_client::identity::{Identity, Live, Peer};
@@ -22,7 +20,6 @@ use adit_mediator::store::{Reach, Store};
 use adit_protocol::Role;
 use adit_protocol::control::Down;
 use age::x25519;
-use common::{PATIENCE, Server, dial, dial_with, live, open, recv};
 use tempfile::TempDir;
 use tokio::sync::watch;
 use tokio::time::timeout;

@@ -1,5 +1,4 @@
 //! The binary: exit codes, what goes to which stream, and a clean end.
-#![cfg(unix)]
 
 use std::io::{BufRead, BufReader};
 use std::net::TcpListener;

@@ -1,17 +1,14 @@
 //! A full disk: what runs goes on, nothing new is granted without its record, and room is enough to recover.
 //!
 //! The test runs once more inside a mount namespace of its own, where the temporary directory is a small disk.
-#![cfg(target_os = "linux")]
-
-mod common;
 
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use crate::common::{Server, dial, open, recv};
 use adit_protocol::Role;
 use adit_protocol::control::{Candidates, Down, Open, RefusedCode, Renew, Up};
-use common::{Server, dial, open, recv};
 
 /// Tells the test that it is on its small disk, and where that is.
 const DISK: &str = "ADIT_TEST_DISK";
@@ -24,7 +21,8 @@ fn fault_disk_full() {
         return runtime.expect("a runtime").block_on(on_a_small_disk(disk.into()));
     }
     let disk = tempfile::tempdir().expect("tempdir");
-    let mount = "mount -t tmpfs -o size=16m tmpfs \"$1\" && exec \"$0\" --exact fault_disk_full --nocapture";
+    let mount =
+        "mount -t tmpfs -o size=16m tmpfs \"$1\" && exec \"$0\" --exact disk::fault_disk_full --nocapture";
     let me = std::env::current_exe().expect("a path");
     let run = Command::new("unshare")
         .args(["--user", "--map-root-user", "--mount", "sh", "-c", mount])

@@ -1,16 +1,14 @@
 //! Enrolment over real sockets: one-time tokens, repeated tries, and everything that can be wrong.
 
-mod common;
-
 use std::fs;
 
+use crate::common::{Server, wanted};
 use adit_client::control::{ControlChannel, ControlError, hello};
 use adit_client::enrol::{EnrolError, enrol};
 use adit_client::exit::{Exit, Failure};
 use adit_client::identity::{certificate, store};
 use adit_protocol::Role;
 use adit_protocol::token::EnrolmentToken;
-use common::{Server, wanted};
 use tokio::task::JoinSet;
 
 #[tokio::test]
@@ -24,10 +22,12 @@ async fn a_token_becomes_an_identity_that_the_mediator_knows() {
     assert_eq!(certificate::fingerprint(&identity.root).expect("root"), token.fingerprint);
     let loaded = store::load(&server.device_dir("desk")).expect("loads");
     assert_eq!(loaded.device_id, identity.device_id);
-    let channel = common::dial(&loaded).await;
+    let channel = crate::common::dial(&loaded).await;
     assert_eq!(channel.welcome.name, "desk");
     assert_eq!(channel.welcome.p2p_ports, "40000-41000");
-    assert_eq!(channel.welcome.stun, [server.udp.to_string()]);
+    let own = channel.welcome.mediator_stun as usize;
+    assert_eq!(channel.welcome.stun[..own], [server.udp.to_string()]);
+    assert_eq!(channel.welcome.stun[own..], identity.servers, "the second STUN port is that of HTTPS");
 }
 
 #[tokio::test]

@@ -1,11 +1,9 @@
 //! Who may reach whom, changed by the operator's commands while the mediator runs.
-#![cfg(unix)]
-
-mod common;
 
 use std::fs;
 use std::process::{Command, Output};
 
+use crate::common::{PATIENCE, Server, dial, open, recv, wanted};
 use adit_client::control::{ControlChannel, Ended, State, hello};
 use adit_client::exit::{Exit, Failure};
 use adit_client::hub::{Hub, NotOpened};
@@ -16,7 +14,6 @@ use adit_client::via::Via;
 use adit_protocol::Role;
 use adit_protocol::control::{Closed, Down, Grant, List, Open, Up};
 use adit_tunnel::session::End;
-use common::{PATIENCE, Server, dial, open, recv, wanted};
 use serde_json::Value;
 use tokio::time::timeout;
 
@@ -423,7 +420,7 @@ async fn granted(technician: Identity) -> (Hub, Grant) {
     let connected = state.wait_for(|state| matches!(state, State::Connected(_)));
     timeout(PATIENCE, connected).await.expect("in time").expect("runs");
     let open = |request| Up::Open(Open { request, agent: "desk".into(), ..Open::default() });
-    let Ok(Down::Granted(grant)) = hub.request(open).await else { panic!("not granted") };
+    let Ok(Down::Granted(grant)) = hub.request(PATIENCE, open).await else { panic!("not granted") };
     (hub, grant)
 }
 
@@ -434,7 +431,7 @@ async fn a_session_ends_with_the_mediators_refusal_of_its_device() {
     let anna = server.device(Role::Technician, "anna", &["site=a"]).await;
     let _desk = dial(&desk).await;
     let (hub, grant) = granted(anna).await;
-    let mut session = hub.open_session(End::Technician, grant, Via::Relay, None).expect("a session");
+    let mut session = hub.open_session(End::Technician, grant, Via::Relay, None, None).expect("a session");
     // Revoked while there is no channel that could say so.
     server.stop().await;
     done(&server, "revoke anna");
@@ -463,8 +460,8 @@ async fn an_end_that_overtakes_its_session_is_not_forgotten() {
     // The answers stand behind it on both channels.
     desk.send(Up::List(List { request: 1 })).await.expect("sends");
     assert!(matches!(recv(&mut desk).await, Down::Refused(_)));
-    hub.request(|request| Up::List(List { request })).await.expect("an answer");
-    let opened = hub.open_session(End::Technician, grant, Via::Relay, None);
+    hub.request(PATIENCE, |request| Up::List(List { request })).await.expect("an answer");
+    let opened = hub.open_session(End::Technician, grant, Via::Relay, None, None);
     assert_eq!(opened.err(), Some(NotOpened::Ended("no".into())));
 }
 

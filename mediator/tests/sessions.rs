@@ -1,10 +1,9 @@
 //! Sessions over real sockets: from `ls` to both ends' tickets, through restarts.
 
-mod common;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::common::{PATIENCE, Server, dial, dial_with, live, open, recv};
 use adit_client::control::maintain::NotConnected;
 use adit_client::control::{ControlChannel, Ended, State, hello, maintain};
 use adit_client::enrol::EnrolError;
@@ -18,7 +17,6 @@ use adit_protocol::control::{
 use adit_protocol::leg::{self, Status};
 use adit_protocol::ticket::Ticket;
 use adit_protocol::{Role, SessionId};
-use common::{PATIENCE, Server, dial, dial_with, live, open, recv};
 use data_encoding::BASE64URL_NOPAD;
 use stun_rs::attributes::stun::{MessageIntegrity, UserName, XorMappedAddress};
 use stun_rs::methods::BINDING;
@@ -144,7 +142,8 @@ async fn an_agent_that_says_no_closes_the_session() {
     let Scene { server, agent, technician } = scene().await;
     let (mut technician_channel, mut agent_channel) = (dial(&technician).await, dial(&agent).await);
     let (grant, _) = open(&mut technician_channel, &mut agent_channel, "desk").await;
-    let answer = Answer { session: grant.session.clone(), accepted: false, reason: "busy".into() };
+    let answer =
+        Answer { session: grant.session.clone(), accepted: false, reason: "busy".into(), flight: vec![] };
     agent_channel.send(Up::Answer(answer)).await.expect("sends");
     let Down::Closed(closed) = recv(&mut technician_channel).await else { panic!("not closed") };
     assert_eq!((&closed.session, closed.reason.contains("busy")), (&grant.session, true));
@@ -239,7 +238,7 @@ async fn a_relay_that_comes_up_or_comes_back_brings_new_tickets() {
     let token = server.token(Role::Relay, &[], 1).await;
     let wanted = adit_client::enrol::Enrolment {
         hosts: vec!["192.0.2.9".into()],
-        ..common::wanted(server.device_dir("relay-1"), "relay-1")
+        ..crate::common::wanted(server.device_dir("relay-1"), "relay-1")
     };
     let relay = adit_client::enrol::enrol(&token, &wanted).await.expect("enrols");
     assert_eq!(relay.ticket_key.map(|key| key.len()), Some(32));
@@ -306,10 +305,14 @@ async fn a_maintained_channel_comes_back_and_says_hello_again() {
     let Scene { mut server, agent, technician } = scene().await;
     let hellos = Arc::new(AtomicUsize::new(0));
     let counted = hellos.clone();
-    let (control, mut down) = maintain(adit_client::identity::Live::new(agent), move || {
-        counted.fetch_add(1, Ordering::Relaxed);
-        hello(vec![])
-    });
+    let (control, mut down) = maintain(
+        adit_client::identity::Live::new(agent),
+        move || {
+            counted.fetch_add(1, Ordering::Relaxed);
+            hello(vec![])
+        },
+        None,
+    );
     let welcome = timeout(PATIENCE, control.connected()).await.expect("in time").expect("connects");
     assert_eq!(welcome.name, "desk");
     let mut state = control.state();

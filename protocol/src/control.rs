@@ -11,11 +11,14 @@ use prost::{Message, Oneof};
 /// Largest control message, in bytes.
 pub const MAX_MESSAGE: usize = 1024 * 1024;
 
+/// Largest first flight of a TLS handshake that is passed on, in bytes: about 1,500 and 2,500 are usual.
+pub const MAX_FLIGHT: usize = 8 * 1024;
+
 /// From a device to the mediator.
 #[derive(Clone, PartialEq, Message)]
 pub struct ToMediator {
     /// The message.
-    #[prost(oneof = "Up", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12")]
+    #[prost(oneof = "Up", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13")]
     pub message: Option<Up>,
 }
 
@@ -58,13 +61,16 @@ pub enum Up {
     /// Answer to `Serve`.
     #[prost(message, tag = "12")]
     Served(Served),
+    /// A technician asks what an agent reaches from where it is.
+    #[prost(message, tag = "13")]
+    Examine(Examine),
 }
 
 /// From the mediator to a device.
 #[derive(Clone, PartialEq, Message)]
 pub struct ToDevice {
     /// The message.
-    #[prost(oneof = "Down", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13")]
+    #[prost(oneof = "Down", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15")]
     pub message: Option<Down>,
 }
 
@@ -101,7 +107,7 @@ pub enum Down {
     /// The newest list of revoked certificates.
     #[prost(message, tag = "10")]
     Revocations(Revocations),
-    /// To an agent: can these servers be reached from there?
+    /// To an agent, or to a device that visits: can these servers be reached from there?
     #[prost(message, tag = "11")]
     Probe(Probe),
     /// Answer to `Redirect`: granted, and the port is open.
@@ -110,6 +116,12 @@ pub enum Down {
     /// To a redirector: to open a port for a session of which it is an end.
     #[prost(message, tag = "13")]
     Serve(Serve),
+    /// To a technician: the agent has taken the session that was granted.
+    #[prost(message, tag = "14")]
+    Answered(Answered),
+    /// Answer to `Examine`.
+    #[prost(message, tag = "15")]
+    Examined(Examined),
 }
 
 /// Version and software of a device.
@@ -130,6 +142,10 @@ pub struct Hello {
     /// Number of the newest list of revoked certificates that this device has; 0: none.
     #[prost(uint64, tag = "5")]
     pub revocations: u64,
+    /// Only for the connection test: after the welcome there is one [`Probe`], and the channel ends. The device itself may
+    /// be online on another one.
+    #[prost(bool, tag = "6")]
+    pub visits: bool,
 }
 
 /// A session that outlived the mediator or the channel.
@@ -170,6 +186,12 @@ pub struct Welcome {
     /// How many of `stun`, from the first on, are the mediator's own: those take handshakes. 0: the first one.
     #[prost(uint32, tag = "8")]
     pub mediator_stun: u32,
+    /// Devices are not to try many sockets on the way to a direct path.
+    #[prost(bool, tag = "9")]
+    pub no_many_socket_probing: bool,
+    /// Devices are not to ask routers for ports.
+    #[prost(bool, tag = "10")]
+    pub no_port_mapping: bool,
 }
 
 /// See [`Up::List`].
@@ -230,6 +252,10 @@ pub struct Open {
     /// Tiers that the technician wants: `auto` (or empty), `direct` or `relay`. (`redirector`: see [`Redirect`].)
     #[prost(string, tag = "4")]
     pub via: String,
+    /// First flight of the TLS handshake on the first leg to the first relay, at most [`MAX_FLIGHT`] bytes: the agent gets
+    /// it with the offer. Empty: none.
+    #[prost(bytes = "vec", tag = "5")]
+    pub flight: Vec<u8>,
 }
 
 /// What one end needs for a session. Both ends get theirs at once.
@@ -268,6 +294,15 @@ pub struct Grant {
     /// From the request; `redirector`: the other end is one, and the server can read what passes.
     #[prost(string, tag = "11")]
     pub via: String,
+    /// In an offer: [`Open::flight`].
+    #[prost(bytes = "vec", tag = "12")]
+    pub flight: Vec<u8>,
+    /// Not in an offer: the flight of the request was passed on, and there will be an [`Answered`].
+    #[prost(bool, tag = "13")]
+    pub flight_passed: bool,
+    /// IP address from which the other end's control channel comes; empty: not known.
+    #[prost(string, tag = "14")]
+    pub peer_comes_from: String,
 }
 
 /// Username fragment and password of one ICE agent.
@@ -311,6 +346,21 @@ pub struct Answer {
     /// Why not, for people.
     #[prost(string, tag = "3")]
     pub reason: String,
+    /// The answer to the flight in the offer, at most [`MAX_FLIGHT`] bytes. Empty: there is none, and the handshake is made
+    /// on the leg.
+    #[prost(bytes = "vec", tag = "4")]
+    pub flight: Vec<u8>,
+}
+
+/// See [`Down::Answered`].
+#[derive(Clone, PartialEq, Message)]
+pub struct Answered {
+    /// From the request.
+    #[prost(uint64, tag = "1")]
+    pub request: u64,
+    /// [`Answer::flight`].
+    #[prost(bytes = "vec", tag = "2")]
+    pub flight: Vec<u8>,
 }
 
 /// Candidates of one end, passed to the other unchanged.
@@ -552,6 +602,34 @@ pub struct Probe {
     /// STUN servers (UDP): a Binding request.
     #[prost(string, repeated, tag = "4")]
     pub stun: Vec<String>,
+    /// More of them (UDP), which nobody must reach: two show how a NAT maps.
+    #[prost(string, repeated, tag = "5")]
+    pub vantage: Vec<String>,
+    /// Whether the router in front is asked to map a port, too.
+    #[prost(bool, tag = "6")]
+    pub port_mapping: bool,
+}
+
+/// See [`Up::Examine`].
+#[derive(Clone, PartialEq, Message)]
+pub struct Examine {
+    /// Comes back in the answer.
+    #[prost(uint64, tag = "1")]
+    pub request: u64,
+    /// Name or device id of the agent.
+    #[prost(string, tag = "2")]
+    pub agent: String,
+}
+
+/// See [`Down::Examined`].
+#[derive(Clone, PartialEq, Message)]
+pub struct Examined {
+    /// From the request.
+    #[prost(uint64, tag = "1")]
+    pub request: u64,
+    /// What the agent found.
+    #[prost(message, repeated, tag = "2")]
+    pub results: Vec<Reached>,
 }
 
 /// See [`Up::Probed`].
@@ -568,10 +646,11 @@ pub struct Probed {
 /// Whether one address was reached.
 #[derive(Clone, PartialEq, Message)]
 pub struct Reached {
-    /// `https`, `relay` or `stun`.
+    /// `https`, `relay` or `stun`; `nat` (how it maps stands in `detail`: `none`, `independent`, `sequential`, `random`,
+    /// `unknown` or `blocked`) or `ipv6`.
     #[prost(string, tag = "1")]
     pub what: String,
-    /// From the request.
+    /// From the request; for `nat` and `ipv6` where servers see this device.
     #[prost(string, tag = "2")]
     pub address: String,
     /// It was reached, and is what it should be.
@@ -653,10 +732,14 @@ mod tests {
                 agent: "desk".into(),
                 targets: vec!["[::1]:22".into()],
                 via: String::new(),
+                flight: vec![22, 3],
             })),
         };
-        // 1a len: Open · 08 07: request 7 · 12 04 "desk" · 1a 08 "[::1]:22"
-        assert_eq!(message.encode_to_vec(), b"\x1a\x12\x08\x07\x12\x04desk\x1a\x08[::1]:22");
+        // 1a len: Open · 08 07: request 7 · 12 04 "desk" · 1a 08 "[::1]:22" · 2a 02: flight
+        assert_eq!(message.encode_to_vec(), b"\x1a\x16\x08\x07\x12\x04desk\x1a\x08[::1]:22\x2a\x02\x16\x03");
+        // 72 len: Answered · 08 07: request 7 · 12 01: flight
+        let message = ToDevice { message: Some(Down::Answered(Answered { request: 7, flight: vec![22] })) };
+        assert_eq!(message.encode_to_vec(), b"\x72\x05\x08\x07\x12\x01\x16");
     }
 
     #[test]

@@ -83,18 +83,6 @@ pub fn descriptors() -> usize {
     usize::MAX
 }
 
-/// Takes as many descriptors as the system grants: the usual soft limit of 1,024 is a few hundred pairs.
-pub fn raise_descriptor_limit() {
-    #[cfg(target_os = "linux")]
-    {
-        use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-        let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
-        if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
-            tracing::warn!(%error, "the limit on open descriptors stays as it is");
-        }
-    }
-}
-
 /// A socket that could not be bound.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot listen on {address} ({protocol}): {}", why(.holder.as_ref(), .error))]

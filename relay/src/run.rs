@@ -85,7 +85,7 @@ pub async fn run(dir: &Path, overrides: Overrides) -> Result<(), RunError> {
     }
     let config = ConfigFile::load(dir)?;
     let hosts = if config.hosts.is_empty() { identity.hosts.clone() } else { config.hosts.clone() };
-    listen::raise_descriptor_limit();
+    adit_client::raise_descriptor_limit();
 
     let mut tasks = JoinSet::new();
     let (stop, stopped) = watch::channel(false);
@@ -111,7 +111,7 @@ pub async fn run(dir: &Path, overrides: Overrides) -> Result<(), RunError> {
         let port = listener.local_addr()?.port();
         https_addresses.extend(hosts.iter().map(|host| host_port(host, port)));
     }
-    let (control, messages) = maintain(live.clone(), || hello(Vec::new()));
+    let (control, messages) = maintain(live.clone(), || hello(Vec::new()), None);
     let mut web = None;
     let mut redirector = None;
     if config.redirector.is_on() {

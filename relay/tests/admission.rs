@@ -1,13 +1,10 @@
 //! No ticket, no byte: who is not paired, and that nothing is forwarded then.
-#![allow(clippy::unwrap_used)]
 
-mod common;
-
+use crate::common::{Server, config, preamble, rest, status, ticket};
 use adit_protocol::Role;
 use adit_protocol::leg::Status;
 use adit_relay::metrics::Reason;
 use adit_relay::{Config, Limits, Relay};
-use common::{Server, config, preamble, rest, status, ticket};
 use tokio::io::AsyncWriteExt;
 
 /// Sends `bytes` and the end of file; returns all that comes back.

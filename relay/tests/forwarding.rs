@@ -1,15 +1,12 @@
 //! Bytes through a paired relay, with real sockets on loopback.
-#![allow(clippy::unwrap_used)]
-
-mod common;
 
 use std::time::Duration;
 
+use crate::common::{Server, config, noise, receive, rest, send_blocks, status, ticket, within};
 use adit_protocol::Role;
 use adit_protocol::leg::Status;
 use adit_protocol::ticket::Ticket;
 use adit_relay::Config;
-use common::{Server, config, noise, receive, rest, send_blocks, status, ticket, within};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -93,7 +90,7 @@ async fn what_stands_right_behind_the_preamble_belongs_to_the_peer() {
 async fn a_preamble_may_come_byte_by_byte() {
     let server = Server::start().await;
     let mut slow = server.connect().await;
-    for byte in common::preamble(&ticket(Role::Agent, 1)) {
+    for byte in crate::common::preamble(&ticket(Role::Agent, 1)) {
         slow.write_all(&[byte]).await.unwrap();
         tokio::task::yield_now().await;
     }

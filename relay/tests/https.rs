@@ -1,11 +1,9 @@
 //! The relay's HTTPS port: legs by WebSocket, beside plain ones, and whoever else comes.
-#![allow(clippy::unwrap_used)]
-
-mod common;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use crate::common::{EPOCH, RELAY, mediator_key, noise, signed_ticket, unix_now, within};
 use adit_client::identity::certificate::{Authority, Subject};
 use adit_client::identity::{DeviceKey, Identity, Live};
 use adit_client::leg::{self, Leg};
@@ -16,7 +14,6 @@ use adit_protocol::{DeviceId, Role};
 use adit_relay::penalty::Offence;
 use adit_relay::{Config, Limits, Relay, https};
 use adit_tunnel::session::CarrierKind;
-use common::{EPOCH, RELAY, mediator_key, noise, signed_ticket, unix_now, within};
 use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -53,7 +50,7 @@ impl Scene {
             _ => (&self.technician, &self.agent),
         };
         let (holder, peer) = (own.public_key(), other.public_key());
-        let ticket = Ticket { holder, peer, ..common::ticket(role, serial) };
+        let ticket = Ticket { holder, peer, ..crate::common::ticket(role, serial) };
         RelayTicket {
             relay: RELAY.0.to_vec(),
             addresses: vec![self.plain.to_string()],
@@ -187,5 +184,6 @@ fn identity(authority: &Authority, role: Role) -> Identity {
         key: Arc::new(key),
         revoked: Default::default(),
         proxies: Default::default(),
+        p2p: Default::default(),
     }
 }

@@ -1,14 +1,11 @@
 //! The program `adit-relay` itself: enrolment, registration with a mediator, legs, stopping, bad input.
-#![cfg(unix)]
-#![allow(clippy::unwrap_used)]
-
-mod common;
 
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Output, Stdio};
 use std::sync::Arc;
 
+use crate::common::{preamble, rest, status, ticket, unix_now, within};
 use adit_client::control::wire::{self, Heartbeat, pump};
 use adit_client::enrol::{read_message, write_message};
 use adit_client::identity::certificate::{Authority, Subject, fingerprint};
@@ -20,7 +17,6 @@ use adit_protocol::leg::Status;
 use adit_protocol::ticket::Ticket;
 use adit_protocol::token::EnrolmentToken;
 use adit_protocol::{DeviceId, PROTOCOL_VERSION, Role};
-use common::{preamble, rest, status, ticket, unix_now, within};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
@@ -64,6 +60,7 @@ impl Mediator {
             key: std::sync::Arc::new(key),
             revoked: Default::default(),
             proxies: Default::default(),
+            p2p: Default::default(),
         };
         Self { listener, authority, identity }
     }
@@ -102,12 +99,12 @@ impl Mediator {
         let acceptor = TlsAcceptor::from(Arc::new(tls::control_server(&self.identity).unwrap()));
         let stream = acceptor.accept(self.listener.accept().await.unwrap().0).await.unwrap();
         let socket = tokio_tungstenite::accept_async(stream).await.unwrap();
-        let (to_relay, from_relay) = pump(socket, Heartbeat::default());
+        let (to_relay, from_relay) = pump(socket, Heartbeat::MEDIATOR);
         let mut channel = Channel { to_relay, from_relay };
         assert!(matches!(channel.receive().await, Up::Hello(_)));
         let welcome = Welcome {
             protocol_version: PROTOCOL_VERSION,
-            ticket_key: common::mediator_key().to_vec(),
+            ticket_key: crate::common::mediator_key().to_vec(),
             ..Welcome::default()
         };
         channel.to_relay.send(ToDevice { message: Some(Down::Welcome(welcome)) }).await.unwrap();

@@ -2,10 +2,6 @@
 //!
 //! Quota and descriptors belong to the process and its user, so the work is done in a process of its
 //! own: this test starts itself again, as an ordinary user where it can.
-#![cfg(target_os = "linux")]
-#![allow(clippy::unwrap_used)]
-
-mod common;
 
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
@@ -13,7 +9,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
 
-use common::{Server, noise, receive, send_blocks, within};
+use crate::common::{Server, noise, receive, send_blocks, within};
 use rustix::io::dup;
 use rustix::pipe::{fcntl_getpipe_size, fcntl_setpipe_size, pipe};
 use rustix::process::{Resource, Rlimit, geteuid, getrlimit, setrlimit};
@@ -32,7 +28,7 @@ fn in_child(name: &str, uid: Option<u32>) {
     std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
     std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
     let mut command = Command::new(program);
-    command.args([name, "--exact", "--nocapture"]).env(CHILD, "1").current_dir("/");
+    command.args([&format!("quota::{name}"), "--exact", "--nocapture"]).env(CHILD, "1").current_dir("/");
     if let Some(uid) = uid {
         command.uid(uid).gid(uid);
     }

@@ -1,9 +1,5 @@
 //! What a relay withstands: each test has the number of its row in SECURITY.md, asserts the row's mark and
 //! prints what it measured. `ADIT_TEST_LONG=1` runs the full numbers.
-#![cfg(target_os = "linux")]
-#![allow(clippy::unwrap_used)]
-
-mod common;
 
 use std::io::ErrorKind;
 use std::net::Ipv4Addr;
@@ -11,16 +7,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::common::{
+    EPOCH, Server, config, connect_from, noise, preamble, preamble_by, public, rest, source, status, ticket,
+    unix_now, within,
+};
 use adit_protocol::leg::{self, Status};
 use adit_protocol::ticket::{LEEWAY_SECONDS, Ticket};
 use adit_protocol::{DeviceId, Role, SessionId};
 use adit_relay::metrics::Reason;
 use adit_relay::penalty::Offence;
 use adit_relay::{Config, Limits, Relay};
-use common::{
-    EPOCH, Server, config, connect_from, noise, preamble, preamble_by, public, rest, source, status, ticket,
-    unix_now, within,
-};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -219,10 +215,10 @@ fn row_03_every_field_is_signed() {
             _ => changed.max_seconds = number,
         }
         prop_assume!(changed != good);
-        let (text, other) = (common::signed_ticket(&good), common::signed_ticket(&changed));
+        let (text, other) = (crate::common::signed_ticket(&good), crate::common::signed_ticket(&changed));
         let ours = leg::signed_bytes(&text, &good);
         // The mediator did sign the changed one; its holder did not show it to this relay.
-        let forged = leg::encode(&other, &changed, |_| common::sign(3, &ours));
+        let forged = leg::encode(&other, &changed, |_| crate::common::sign(3, &ours));
         prop_assert!(leg::verify(&forged[2..], &public(1), unix_now()).is_err());
         Ok(())
     });
@@ -355,7 +351,7 @@ async fn row_09_memory_of_sessions_that_never_read() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn fault_256_mib_of_memory() {
     const MOST: u64 = 256 * 1024 * 1024;
-    adit_relay::listen::raise_descriptor_limit();
+    adit_client::raise_descriptor_limit();
     let sessions = u64::from(scale(2_000, 500));
     let server = Server::start().await;
     let before = resident();

@@ -1,4 +1,4 @@
-//! `main` of a test file that uses the lab.
+//! What runs the tests that use the lab.
 //!
 //! A user namespace can only be entered by a process with one thread, so the standard harness, which
 //! runs tests on threads, cannot be used. Here each test is this executable once more, with
@@ -29,8 +29,10 @@ pub struct Test {
 }
 
 impl Test {
-    /// A test that runs as whoever started it. [`lab_tests!`](crate::lab_tests) calls this.
-    pub fn new(name: &'static str, body: Body) -> Self {
+    /// A test that runs as whoever started it; `path` begins with the name of the test program.
+    /// [`lab_tests!`](crate::lab_tests) calls this.
+    pub fn new(path: &'static str, body: Body) -> Self {
+        let name = path.split_once("::").map_or(path, |(_, name)| name);
         Self { name, body, ordinary_user: false }
     }
 
@@ -41,17 +43,18 @@ impl Test {
     }
 }
 
-/// Defines `main` of a test file: `lab_tests!(one, two; as ordinary user: three)`. Each name is an
+/// Defines `tests` of a test file: `lab_tests!(one, two; as ordinary user: three)`. Each name is an
 /// `async fn() -> anyhow::Result<()>`.
 #[macro_export]
 macro_rules! lab_tests {
     ($($name:ident),* $(,)? $(; as ordinary user: $($ordinary:ident),* $(,)?)?) => {
-        fn main() -> std::process::ExitCode {
-            use $crate::harness::{Test, run};
-            run(vec![
-                $(Test::new(stringify!($name), || Box::pin($name())),)*
-                $($(Test::new(stringify!($ordinary), || Box::pin($ordinary())).as_ordinary_user(),)*)?
-            ])
+        pub(crate) fn tests() -> Vec<$crate::harness::Test> {
+            use $crate::harness::Test;
+            vec![
+                $(Test::new(concat!(module_path!(), "::", stringify!($name)), || Box::pin($name())),)*
+                $($(Test::new(concat!(module_path!(), "::", stringify!($ordinary)), || Box::pin($ordinary()))
+                    .as_ordinary_user(),)*)?
+            ]
         }
     };
 }

@@ -116,6 +116,11 @@ impl Process {
         named(&self.stdout.lines().text, event).collect()
     }
 
+    /// All lines of the standard error so far.
+    pub fn error_lines(&self) -> Vec<String> {
+        self.stderr.lines().text.clone()
+    }
+
     /// Writes `bytes` to the standard input and closes it.
     pub async fn feed(&mut self, bytes: &[u8]) -> anyhow::Result<()> {
         let mut stdin = self.stdin.take().context("the standard input is closed")?;
@@ -135,8 +140,22 @@ impl Process {
 
     /// Sends SIGINT, as Ctrl-C does.
     pub fn interrupt(&self) -> anyhow::Result<()> {
+        self.signal(rustix::process::Signal::INT)
+    }
+
+    /// Stops it, as a lid that is closed does.
+    pub fn pause(&self) -> anyhow::Result<()> {
+        self.signal(rustix::process::Signal::STOP)
+    }
+
+    /// Ends [`Process::pause`].
+    pub fn go_on(&self) -> anyhow::Result<()> {
+        self.signal(rustix::process::Signal::CONT)
+    }
+
+    fn signal(&self, signal: rustix::process::Signal) -> anyhow::Result<()> {
         let id = rustix::process::Pid::from_raw(self.id()?.try_into()?).context("no process id")?;
-        Ok(rustix::process::kill_process(id, rustix::process::Signal::INT)?)
+        Ok(rustix::process::kill_process(id, signal)?)
     }
 
     /// Whether it still runs.

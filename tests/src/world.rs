@@ -301,7 +301,7 @@ pub async fn run(host: &Host, program: &str, arguments: &[&str]) -> anyhow::Resu
 }
 
 /// All addresses of a host, for `--host`.
-fn hosts(host: &Host) -> String {
+pub(crate) fn hosts(host: &Host) -> String {
     let v6 = host.address6.map_or(String::new(), |v6| format!(",{v6}"));
     format!("{}{v6}", host.address)
 }
@@ -315,15 +315,20 @@ fn start_agent(lab: &Lab, data: &str, allow: &[String]) -> anyhow::Result<Proces
 }
 
 async fn token(lab: &Lab, server: &str, arguments: &[&str]) -> anyhow::Result<String> {
+    token_at(&lab.server, server, arguments).await
+}
+
+/// A new token of the mediator on that host, whose state is in `server`.
+pub(crate) async fn token_at(host: &Host, server: &str, arguments: &[&str]) -> anyhow::Result<String> {
     let arguments: Vec<&str> =
         ["token", "--data", server].into_iter().chain(arguments.iter().copied()).collect();
-    let token = run(&lab.server, "adit-mediator", &arguments).await?;
+    let token = run(host, "adit-mediator", &arguments).await?;
     ensure!(token.trim().lines().count() == 1, "not a token and nothing else: {token:?}");
     Ok(token.trim().to_owned())
 }
 
 /// Waits until something on `host` accepts TCP connections at `address`.
-async fn accepts(host: &Host, address: SocketAddr) -> anyhow::Result<()> {
+pub(crate) async fn accepts(host: &Host, address: SocketAddr) -> anyhow::Result<()> {
     let asking = host.task(async move {
         let mut pace = tokio::time::interval(Duration::from_millis(20));
         while tokio::net::TcpStream::connect(address).await.is_err() {

@@ -18,7 +18,13 @@ lab_tests!(
     relay_killed_with_a_second_one,
     embedded_relay_killed_with_the_only_mediator,
     mediator_killed_while_on_a_relay,
-    mediator_killed_while_direct
+    mediator_killed_while_direct,
+    a_direct_path_that_drops_a_third,
+    another_address_at_the_technician,
+    another_address_at_the_agent,
+    ipv6_gone_at_the_technician,
+    interface_down_for_5_s,
+    technician_stopped_for_15_s
 );
 
 /// Longest gap between ticks.
@@ -125,6 +131,67 @@ async fn mediator_killed_while_direct() -> anyhow::Result<()> {
 const TO_MOVE: Duration = Duration::from_secs(10);
 /// The transfer takes 22 s at the line's rate.
 const TRANSFER: Duration = Duration::from_secs(60);
+
+async fn a_direct_path_that_drops_a_third() -> anyhow::Result<()> {
+    let topology = Topology::new(NatKind::Cone, NatKind::Cone);
+    let traffic = during(Setup::new(topology), "direct", MARK, async |world, forward| {
+        world.lab.technician.set_direct_loss(30)?;
+        // By chance it is silent for too long before that is known: then it is left for that reason, and found again.
+        let left = |event: &Value| {
+            let reason = event["reason"].as_str()?;
+            (reason.starts_with("direct path left: ") && reason.contains(" % of the packets")).then_some(())
+        };
+        forward.process.event(Duration::from_secs(60), "tier", 0, left).await
+    })
+    .await?;
+    ensure!(traffic.relayed > USED, "{traffic:?}");
+    Ok(())
+}
+
+async fn another_address_at_the_technician() -> anyhow::Result<()> {
+    let topology = Topology::new(NatKind::Cone, NatKind::Cone);
+    during(Setup::new(topology), "direct", MARK, async |world, _| world.lab.technician.host.change_address())
+        .await
+        .map(drop)
+}
+
+async fn another_address_at_the_agent() -> anyhow::Result<()> {
+    let topology = Topology::new(NatKind::Cone, NatKind::Cone);
+    during(Setup::new(topology), "direct", MARK, async |world, _| world.lab.agent.host.change_address())
+        .await
+        .map(drop)
+}
+
+async fn ipv6_gone_at_the_technician() -> anyhow::Result<()> {
+    let topology = Topology::new(NatKind::DualStack, NatKind::DualStack);
+    during(Setup::new(topology), "direct", MARK, async |world, _| world.lab.technician.host.lose_ipv6())
+        .await
+        .map(drop)
+}
+
+async fn interface_down_for_5_s() -> anyhow::Result<()> {
+    const DOWN: Duration = Duration::from_secs(5);
+    let topology = Topology::new(NatKind::Cone, NatKind::Cone);
+    during(Setup::new(topology), "direct", DOWN + MARK, async |world, _| {
+        world.lab.technician.host.set_interface(false)?;
+        tokio::time::sleep(DOWN).await;
+        world.lab.technician.host.set_interface(true)
+    })
+    .await
+    .map(drop)
+}
+
+async fn technician_stopped_for_15_s() -> anyhow::Result<()> {
+    const STOPPED: Duration = Duration::from_secs(15);
+    let topology = Topology::new(NatKind::Cone, NatKind::Cone);
+    during(Setup::new(topology), "direct", STOPPED + MARK_RELAY_KILLED, async |_, forward| {
+        forward.process.pause()?;
+        tokio::time::sleep(STOPPED).await;
+        forward.process.go_on()
+    })
+    .await
+    .map(drop)
+}
 
 /// Brings `setup` up with lines of 100 Mbit/s, waits for `tier`, and lets `event` happen while bytes
 /// flow. What passed the technician's router.

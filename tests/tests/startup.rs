@@ -10,10 +10,25 @@ use anyhow::{Context, ensure};
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 
-lab_tests!(the_first_byte_comes_at_once_where_udp_is_blocked);
+lab_tests!(the_first_byte_comes_at_once_where_udp_is_blocked, an_idle_agent_is_quiet);
 
 /// Listening, and the first byte back.
 const MARK: Duration = Duration::from_millis(100);
+
+/// Packets that an idle agent sends in a minute, all in all.
+const QUIET: u64 = 5;
+
+async fn an_idle_agent_is_quiet() -> anyhow::Result<()> {
+    let world = World::up(Setup::new(Topology::new(NatKind::Cone, NatKind::Cone))).await?;
+    let agent = &world.lab.agent.host;
+    agent.count_packets()?;
+    // Time is what this is about.
+    tokio::time::sleep(Duration::from_secs(120)).await;
+    let sent = agent.packets_sent()?;
+    println!("{sent} packets in two minutes");
+    ensure!(sent > 0 && sent <= 2 * QUIET, "{sent} packets in two minutes");
+    Ok(())
+}
 
 async fn the_first_byte_comes_at_once_where_udp_is_blocked() -> anyhow::Result<()> {
     let world = World::up(Setup::new(Topology::new(NatKind::UdpBlocked, NatKind::UdpBlocked))).await?;

@@ -46,16 +46,17 @@ impl Data {
         self.named().map_or_else(|| default_dir(role.as_str()), |dir| Ok(dir.to_owned()))
     }
 
-    /// The way out of this network for the device in `dir`.
-    pub(super) fn proxies(&self, dir: &Path) -> Result<Proxies, Failed> {
-        let config = Config::load(dir)?.network.proxy;
-        Ok(Proxies::choose(self.proxy.as_deref(), config.as_ref().map(|url| url.0.as_str()))?)
+    /// The way out of this network for a device with this configuration.
+    pub(super) fn proxies(&self, config: &Config) -> Result<Proxies, Failed> {
+        let written = config.network.proxy.as_ref().map(|url| url.0.as_str());
+        Ok(Proxies::choose(self.proxy.as_deref(), written)?)
     }
 
     /// The directory, and the identity in it, which must be of this role.
     pub(super) fn identity(&self, role: Role) -> Result<(PathBuf, Arc<Live>), Failed> {
         let dir = self.for_role(role)?;
-        let identity = Live::load_behind(&dir, self.proxies(&dir)?)?;
+        let config = Config::load(&dir)?;
+        let identity = Live::load_behind(&dir, self.proxies(&config)?, config.p2p)?;
         let is = identity.get().role;
         if is != role {
             return Err(CliError::WrongRole { is, wanted: role }.into());

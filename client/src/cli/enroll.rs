@@ -63,7 +63,7 @@ impl Enroll {
             tags: self.tags.clone(),
             hosts: Vec::new(),
             replace: self.replace,
-            proxies: self.data.proxies(&dir)?,
+            proxies: self.data.proxies(&config::Config::load(&dir)?)?,
         };
         let identity = enrol(&token, &wanted).await?;
         if identity.role == Role::Agent && !dir.join(config::FILE).exists() {

@@ -65,7 +65,7 @@ pub(super) async fn serve(
     let events = Events::new(json);
     let (_, _, via) = session.check()?;
     if via == Via::Redirector {
-        let technician = session.connect().await?;
+        let technician = session.connect()?;
         let reason = "asked for with --via";
         return redirected::serve(&technician, session, command, listeners, events, reason, launch).await;
     }

@@ -26,7 +26,7 @@ pub(super) struct Ls {
 impl Ls {
     pub(super) async fn run(self) -> Result<(), Failed> {
         let (_, identity) = self.data.identity(Role::Technician)?;
-        let agents = Technician::connect(identity).await?.list().await?;
+        let agents = Technician::connect(identity).list().await?;
         if self.json {
             agents.iter().for_each(|agent| print_line(&to_json(agent)));
         } else if agents.is_empty() {

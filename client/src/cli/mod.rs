@@ -3,11 +3,13 @@
 mod agent;
 mod api_token;
 mod data;
+mod doctor;
 mod enroll;
 mod forward;
 mod http;
 mod launch;
 mod ls;
+mod port_mapper;
 mod rdp;
 mod redirect;
 mod redirected;
@@ -18,14 +20,17 @@ mod ssh;
 mod status;
 mod stdio;
 mod technician;
+mod up;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::direct::port_mapping::COMMAND;
 use crate::events::{complain, printable};
 use crate::exit::{Exit, Failure, report};
+use crate::os;
 
 /// Reach RDP, SSH, HTTP and other services on machines behind NAT and firewalls.
 #[derive(Debug, Parser)]
@@ -58,8 +63,12 @@ enum Command {
     Redirect(redirect::Redirect),
     ApiToken(api_token::MakeToken),
     Stdio(stdio::Stdio),
+    Up(up::UpCommand),
     Status(status::Status),
+    Doctor(doctor::Doctor),
     Service(service::Service),
+    #[command(name = COMMAND, hide = true)]
+    PortMapper(port_mapper::PortMapper),
 }
 
 /// Runs `adit` with these arguments; the first is the name of the program.
@@ -85,6 +94,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 fn run(cli: Cli) -> Result<ExitCode, Failed> {
     start_log(cli.log.as_deref(), &cli.command)?;
+    os::raise_descriptor_limit();
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(CliError::Runtime)?;
     let done = runtime.block_on(async {
@@ -99,8 +109,11 @@ fn run(cli: Cli) -> Result<ExitCode, Failed> {
             Command::Redirect(command) => command.run().await?,
             Command::ApiToken(command) => command.run()?,
             Command::Stdio(command) => command.run().await?,
+            Command::Up(command) => command.run().await?,
             Command::Status(command) => command.run().await?,
+            Command::Doctor(command) => command.run().await?,
             Command::Service(command) => command.run()?,
+            Command::PortMapper(command) => command.run().await,
         }
         Ok(Exit::Done.into())
     });
@@ -161,6 +174,12 @@ enum CliError {
     Program { name: &'static str, error: std::io::Error },
     #[error("{}: {error}", file.display())]
     Write { file: std::path::PathBuf, error: std::io::Error },
+    #[error("{0} of the things looked at do not work")]
+    Faults(usize),
+    #[error("only a technician asks for the test from {agent}, and this device is an agent")]
+    NotFromHere { agent: String },
+    #[error("the connection cannot be shared in {}: {error}", dir.display())]
+    Share { dir: std::path::PathBuf, error: std::io::Error },
     #[error("a path or name with such characters cannot be passed to ssh")]
     Unquotable,
     #[error("this command needs a tunnel, and with --via redirector there is none")]
@@ -189,6 +208,7 @@ impl Failure for CliError {
             | Self::Program { .. }
             | Self::Write { .. } => Exit::Failed,
             Self::NotOpened { .. } => Exit::TimedOut,
+            Self::Faults(_) => Exit::Unreachable,
             Self::NoTier { exit, .. } => *exit,
             Self::Log(_)
             | Self::NoHome
@@ -200,6 +220,8 @@ impl Failure for CliError {
             | Self::Unquotable
             | Self::Unfit { .. }
             | Self::TooLong
+            | Self::Share { .. }
+            | Self::NotFromHere { .. }
             | Self::TcpOnly(_) => Exit::Usage,
             #[cfg(target_os = "linux")]
             Self::NoAgent { .. } => Exit::Usage,
@@ -211,6 +233,12 @@ impl Failure for CliError {
     fn remedy(&self) -> Option<String> {
         Some(match self {
             Self::Runtime(_) | Self::Write { .. } => return None,
+            Self::Faults(_) => "each is named above, with what to do".to_owned(),
+            Self::NotFromHere { .. } => "leave the name away, or run it at a technician's".to_owned(),
+            Self::Share { error, .. } if error.kind() == std::io::ErrorKind::AddrInUse => {
+                "another adit up does that already: `adit status` shows it".to_owned()
+            }
+            Self::Share { .. } => "check that this user may write there".to_owned(),
             Self::NoLink => "it may be of an older version: update mediator and relay".to_owned(),
             Self::TooLong => "give a shorter --ttl, and make a new one in time".to_owned(),
             Self::NoKey => "enrol this device again".to_owned(),
@@ -263,7 +291,7 @@ mod tests {
         let mut command = Cli::command();
         command.build();
         command.clone().debug_assert();
-        for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help") {
+        for sub in command.get_subcommands().filter(|sub| sub.get_name() != "help" && !sub.is_hide_set()) {
             let help = sub.clone().render_long_help().to_string();
             assert!(help.contains("Example"), "{}: {help}", sub.get_name());
             assert!(help.contains("--data"), "{}: {help}", sub.get_name());

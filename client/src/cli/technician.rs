@@ -69,9 +69,9 @@ impl SessionArgs {
     }
 
     /// A connection to the mediator, for what needs no session.
-    pub(super) async fn connect(&self) -> Result<Technician, Failed> {
+    pub(super) fn connect(&self) -> Result<Technician, Failed> {
         let (_, identity, _) = self.check()?;
-        Ok(Technician::connect(identity).await?)
+        Ok(Technician::connect(identity))
     }
 
     /// Asks the mediator for a session, and starts it.
@@ -81,7 +81,7 @@ impl SessionArgs {
             return Err(CliError::NoRedirector.into());
         }
         let device = identity.get().name.clone();
-        let technician = Technician::connect(identity).await?;
+        let technician = Technician::connect(identity);
         let session = technician.open(&self.agent, wanted, via).await?;
         let info = SessionInfo {
             session: session.id,

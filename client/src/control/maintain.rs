@@ -1,5 +1,6 @@
 //! Keeps a control channel up for ever: dials again with exponential backoff and full jitter.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, info, warn};
 
-use super::{ControlChannel, ControlError, Ended};
+use super::{ControlChannel, ControlError, Ended, shared};
 use crate::exit::{Exit, Failure};
 use crate::identity::Live;
 
@@ -20,6 +21,9 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::fro
 const GOOD: Duration = Duration::from_secs(30);
 /// Messages that may wait in each direction.
 const QUEUE: usize = 64;
+/// A channel that another process keeps may be dead without anybody's knowledge: what the mediator answers by itself is
+/// waited for so long.
+const SHARED_ANSWER: Duration = Duration::from_secs(2);
 
 /// Whether there is a channel now.
 #[derive(Debug, Clone, PartialEq)]
@@ -41,6 +45,15 @@ pub enum State {
     },
 }
 
+impl State {
+    /// Why there is no channel, and what helps, in one line; `None` where there is one, or the first attempt is under way.
+    pub fn why_offline(&self) -> Option<String> {
+        let Self::Disconnected { reason, remedy, .. } = self else { return None };
+        let remedy = remedy.as_ref().map_or(String::new(), |remedy| format!("; {remedy}"));
+        Some(format!("{reason}{remedy}"))
+    }
+}
+
 /// Handle on a maintained channel. The channel ends with [`Control::close`], or when the last clone or the
 /// receiver of messages is dropped. Whoever sends must not be the only one to receive: when both queues
 /// are full, [`Control::send`] waits until a message is taken out.
@@ -57,13 +70,13 @@ impl Control {
         self.state.clone()
     }
 
-    /// Sends a message on the channel that there is now. A message may still be lost with its channel:
-    /// what matters is said again in `Hello` or asked again by its owner.
+    /// Sends a message on the channel that there is now, or on the first one as soon as it is there. A message may still
+    /// be lost with its channel: what matters is said again in `Hello` or asked again by its owner.
     ///
     /// # Errors
     /// [`NotConnected`] when there is no channel.
     pub async fn send(&self, message: Up) -> Result<(), NotConnected> {
-        if !matches!(*self.state.borrow(), State::Connected(_)) {
+        if matches!(*self.state.borrow(), State::Disconnected { .. }) {
             return Err(NotConnected);
         }
         self.outgoing.send(Command::Send(message)).await.map_err(|_| NotConnected)
@@ -117,15 +130,25 @@ impl Control {
 pub struct NotConnected;
 
 /// Keeps a channel up with `identity`'s servers, and `identity` as the mediator says. `hello` is asked for at every attempt, so that it names
-/// the sessions that live then. Messages of all channels come out of the one receiver.
+/// the sessions that live then. Messages of all channels come out of the one receiver. `shared`: the state directory of
+/// which another process may keep a channel that serves for the first one.
 pub fn maintain(
     identity: Arc<Live>,
     hello: impl Fn() -> Hello + Send + 'static,
+    shared: Option<PathBuf>,
 ) -> (Control, mpsc::Receiver<Down>) {
     let (state_sender, state) = watch::channel(State::Connecting);
     let (outgoing, out_receiver) = mpsc::channel(QUEUE);
     let (down, down_receiver) = mpsc::channel(QUEUE);
-    let keeper = Keeper { identity, hello, state: state_sender, outgoing: out_receiver, down };
+    let keeper = Keeper {
+        identity,
+        hello,
+        shared,
+        unanswered: vec![],
+        state: state_sender,
+        outgoing: out_receiver,
+        down,
+    };
     let task = Arc::new(AbortOnDrop(tokio::spawn(keeper.run())));
     (Control { state, outgoing, _task: task }, down_receiver)
 }
@@ -147,6 +170,9 @@ enum Served {
 struct Keeper<H> {
     identity: Arc<Live>,
     hello: H,
+    shared: Option<PathBuf>,
+    /// What was asked on another process's channel, and when.
+    unanswered: Vec<(Instant, Up)>,
     state: watch::Sender<State>,
     outgoing: mpsc::Receiver<Command>,
     down: mpsc::Sender<Down>,
@@ -156,12 +182,45 @@ impl<H: Fn() -> Hello + Send + 'static> Keeper<H> {
     async fn run(mut self) {
         let mut attempt = 0;
         while !self.down.is_closed() {
-            let state = match ControlChannel::dial(&self.identity.get(), (self.hello)()).await {
+            let is_first = matches!(*self.state.borrow(), State::Connecting);
+            let (queue, unanswered) = (&mut self.outgoing, &mut self.unanswered);
+            let mut close = None;
+            let mut more = || {
+                while let Some(command) = is_first.then(|| queue.try_recv().ok()).flatten() {
+                    match command {
+                        Command::Send(message) => unanswered.push((Instant::now(), message)),
+                        Command::Close(done) => close = Some(done),
+                    }
+                }
+                unanswered.iter().map(|(_, message)| message.clone()).collect()
+            };
+            // Once: whoever has had a channel and lost it does not depend on another process any more.
+            let identity = self.identity.get();
+            let found = match self.shared.take() {
+                Some(dir) => shared::dial(&dir, identity.device_id, (self.hello)(), &mut more).await,
+                None => None,
+            };
+            let is_shared = found.is_some();
+            let dialled = match found {
+                Some(channel) => Ok(channel),
+                None => ControlChannel::dial_saying(&identity, (self.hello)(), more).await,
+            };
+            if close.is_some() {
+                if let Ok(channel) = dialled {
+                    channel.close().await;
+                }
+                return;
+            }
+            if !is_shared {
+                // From here on, who asked asks again.
+                self.unanswered.clear();
+            }
+            let state = match dialled {
                 Ok(channel) => {
                     info!(server = channel.server, name = channel.welcome.name, "control channel is up");
                     let since = Instant::now();
                     // What was said to an earlier channel is stale: this one began with a new `Hello`.
-                    while let Ok(command) = self.outgoing.try_recv() {
+                    while let Some(command) = (!is_first).then(|| self.outgoing.try_recv().ok()).flatten() {
                         if let Command::Close(_) = command {
                             return;
                         }
@@ -169,7 +228,13 @@ impl<H: Fn() -> Hello + Send + 'static> Keeper<H> {
                     let servers = channel.welcome.servers.clone();
                     self.identity.take_update(Update { certificate: vec![], servers });
                     self.state.send_replace(State::Connected(Arc::new(channel.welcome.clone())));
-                    let Served::Lost(ended) = self.serve(channel).await else { return };
+                    let Served::Lost(ended) = self.serve(channel, is_shared).await else { return };
+                    if is_shared {
+                        // At once, and with what was asked there.
+                        debug!(reason = %ended, "the other process's channel is down");
+                        self.state.send_replace(State::Connecting);
+                        continue;
+                    }
                     if since.elapsed() >= GOOD {
                         attempt = 0;
                     }
@@ -205,20 +270,39 @@ impl<H: Fn() -> Hello + Send + 'static> Keeper<H> {
     }
 
     /// Passes messages on until the channel ends.
-    async fn serve(&mut self, mut channel: ControlChannel) -> Served {
+    async fn serve(&mut self, mut channel: ControlChannel, is_shared: bool) -> Served {
         loop {
+            let waited = self.unanswered.iter().filter(|(_, message)| is_soon_answered(message));
+            let overdue = waited.map(|(at, _)| *at + SHARED_ANSWER).min();
+            let overdue = async {
+                match overdue {
+                    Some(at) => sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
+                () = overdue => return Served::Lost(Ended::Silent),
                 command = self.outgoing.recv() => match command {
                     // Where that fails, what came before the end is still read, and says why.
-                    Some(Command::Send(message)) => drop(channel.send(message).await),
+                    Some(Command::Send(message)) => {
+                        if is_shared && request_of(&message).is_some() {
+                            self.unanswered.push((Instant::now(), message.clone()));
+                        }
+                        let _ = channel.send(message).await;
+                    }
                     Some(Command::Close(_done)) => {
                         channel.close().await;
                         return Served::Unwanted;
                     }
                     None => return Served::Unwanted,
                 },
-                message = channel.recv() => match message {
-                    Ok(Down::Update(update)) => self.identity.take_update(update),
+                message = channel.recv() => match message.inspect(|down| note_answer(&mut self.unanswered, down)) {
+                    Ok(Down::Update(update)) => {
+                        self.identity.take_update(update.clone());
+                        if self.down.send(Down::Update(update)).await.is_err() {
+                            return Served::Unwanted;
+                        }
+                    }
                     // News only when it is newer.
                     Ok(Down::Revocations(list)) if !self.identity.take_list(&list.list) => {}
                     Ok(message) => if self.down.send(message).await.is_err() {
@@ -246,6 +330,35 @@ impl<H: Fn() -> Hello + Send + 'static> Keeper<H> {
             }
         }
     }
+}
+
+/// The number of a request.
+fn request_of(message: &Up) -> Option<u64> {
+    match message {
+        Up::List(list) => Some(list.request),
+        Up::Open(open) => Some(open.request),
+        Up::Redirect(redirect) => Some(redirect.request),
+        Up::Examine(examine) => Some(examine.request),
+        _ => None,
+    }
+}
+
+/// The mediator answers it without asking others.
+fn is_soon_answered(message: &Up) -> bool {
+    matches!(message, Up::List(_) | Up::Open(_))
+}
+
+/// Strikes out what was asked.
+fn note_answer(unanswered: &mut Vec<(Instant, Up)>, down: &Down) {
+    let answered = match down {
+        Down::Agents(agents) => agents.request,
+        Down::Granted(grant) => grant.request,
+        Down::Redirected(redirected) => redirected.request,
+        Down::Examined(examined) => examined.request,
+        Down::Refused(refused) => refused.request,
+        _ => return,
+    };
+    unanswered.retain(|(_, message)| request_of(message) != Some(answered));
 }
 
 /// Time before the next attempt: full jitter below a bound that doubles. `random` is uniform.

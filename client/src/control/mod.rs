@@ -1,14 +1,15 @@
 //! The control channel to the mediator: TLS with ALPN `adit`, WebSocket on `/control`.
 //!
-//! [`ControlChannel::dial`] opens one; [`maintain`] keeps one up for ever.
+//! [`ControlChannel::dial`] opens one; [`maintain`] keeps one up for ever; by [`shared`] one serves several processes.
 
 pub mod maintain;
+pub mod shared;
 pub mod wire;
 
 use std::sync::{Arc, LazyLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use adit_protocol::control::{Down, Hello, ToDevice, ToMediator, Up, Welcome};
+use adit_protocol::control::{Down, Hello, Probe, ToDevice, ToMediator, Up, Welcome};
 use adit_protocol::{CONTROL_PATH, PROTOCOL_VERSION};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -43,7 +44,18 @@ pub fn software() -> String {
 pub fn hello(sessions: Vec<adit_protocol::control::LiveSession>) -> Hello {
     static INSTANCE: LazyLock<u64> = LazyLock::new(rand::random);
     let instance = *INSTANCE;
-    Hello { protocol_version: PROTOCOL_VERSION, software: software(), sessions, instance, revocations: 0 }
+    Hello { protocol_version: PROTOCOL_VERSION, software: software(), sessions, instance, ..Hello::default() }
+}
+
+/// What a mediator says to a device that visits.
+#[derive(Debug)]
+pub struct Visited {
+    /// Which mediator it was: `HOST:PORT`.
+    pub server: String,
+    /// What to try.
+    pub probe: Probe,
+    /// How long it took to be greeted.
+    pub took: Duration,
 }
 
 /// One open control channel, greeted. Closes when dropped.
@@ -64,11 +76,26 @@ impl ControlChannel {
     /// # Errors
     /// [`ControlError`] of the last server tried; a refusal ends the round at once.
     pub async fn dial(identity: &Identity, hello: Hello) -> Result<Self, ControlError> {
+        Self::dial_saying(identity, hello, Vec::new).await
+    }
+
+    /// The same, and says what `more` has when a channel is there, without waiting for the welcome: that saves a round
+    /// trip. Every server that is tried hears it.
+    ///
+    /// # Errors
+    /// See [`ControlChannel::dial`].
+    pub async fn dial_saying(
+        identity: &Identity,
+        hello: Hello,
+        mut more: impl FnMut() -> Vec<Up>,
+    ) -> Result<Self, ControlError> {
         let config = Arc::new(tls::control_client(identity)?);
         let hello = Hello { revocations: identity.revoked.newest().number, ..hello };
         let mut last = ControlError::NoServer;
         for server in &identity.servers {
-            match Self::dial_one(server, config.clone(), hello.clone(), &identity.proxies).await {
+            let dialling =
+                Self::dial_one(server, config.clone(), hello.clone(), &mut more, &identity.proxies);
+            match dialling.await {
                 Ok(channel) => return Ok(channel),
                 Err(error) => last = error,
             }
@@ -77,6 +104,21 @@ impl ControlChannel {
             }
         }
         Err(last)
+    }
+
+    /// Asks the first server that answers where this organisation's servers are, for the connection test. The device itself
+    /// may be online on another channel.
+    ///
+    /// # Errors
+    /// See [`ControlChannel::dial`].
+    pub async fn visit(identity: &Identity) -> Result<Visited, ControlError> {
+        let began = Instant::now();
+        let mut channel = Self::dial(identity, Hello { visits: true, ..hello(vec![]) }).await?;
+        let (took, server) = (began.elapsed(), channel.server.clone());
+        match timeout(GREETING_TIMEOUT, channel.recv()).await {
+            Ok(Ok(Down::Probe(probe))) => Ok(Visited { server, probe, took }),
+            _ => Err(ControlError::TooOld { server }),
+        }
     }
 
     /// Sends a message; waits while the queue is full.
@@ -115,19 +157,23 @@ impl ControlChannel {
         server: &str,
         config: Arc<rustls::ClientConfig>,
         hello: Hello,
+        more: &mut impl FnMut() -> Vec<Up>,
         proxies: &Proxies,
     ) -> Result<Self, ControlError> {
         let dialled = dial::tls(server, config, proxies).await;
         let stream = dialled.map_err(|error| ControlError::from_dial(server, error))?;
         let timed_out = || ControlError::TimedOut { server: server.to_owned() };
         let socket = timeout(GREETING_TIMEOUT, upgrade(server, stream)).await.map_err(|_| timed_out())??;
-        let (outgoing, incoming) = wire::pump(socket, Heartbeat::default());
+        let (outgoing, incoming) = wire::pump(socket, Heartbeat::DEVICE);
         let mut channel = Self { welcome: Welcome::default(), server: server.to_owned(), outgoing, incoming };
         let broken = |ended: Ended| match ended {
             Ended::Broken(error) => ControlError::from_stream(server, error),
             other => ControlError::Unreachable { server: server.to_owned(), why: other.to_string() },
         };
         channel.send(Up::Hello(hello)).await.map_err(broken)?;
+        for message in more() {
+            channel.send(message).await.map_err(broken)?;
+        }
         match timeout(GREETING_TIMEOUT, channel.recv()).await.map_err(|_| timed_out())?.map_err(broken)? {
             Down::Welcome(welcome) => channel.welcome = welcome,
             Down::Refused(refused) => return Err(ControlError::TurnedAway(refused.message)),
@@ -203,6 +249,12 @@ pub enum ControlError {
         /// What gave it away.
         why: String,
     },
+    /// It does not know what was asked.
+    #[error("the mediator at {server} is of an older version")]
+    TooOld {
+        /// `HOST:PORT`.
+        server: String,
+    },
     /// The identity names no server.
     #[error("this device's identity names no server")]
     NoServer,
@@ -246,7 +298,7 @@ impl Failure for ControlError {
             Self::TimedOut { .. } => Exit::TimedOut,
             Self::Refused(_) | Self::TurnedAway(_) => Exit::Refused,
             Self::NoServer => Exit::Usage,
-            Self::Tls(_) => Exit::Failed,
+            Self::TooOld { .. } | Self::Tls(_) => Exit::Failed,
         }
     }
 
@@ -262,6 +314,7 @@ impl Failure for ControlError {
                 "check this machine's clock; else enrol this device again".into()
             }
             Self::NoServer => "enrol this device again: adit enroll TOKEN --replace".into(),
+            Self::TooOld { .. } => "the operator updates it".into(),
             Self::Tls(_) => return None,
         })
     }

@@ -56,7 +56,7 @@ async fn handshake(incoming: Incoming, demux: Arc<Demux>) -> Result<(), Refusal>
         connection.close(REFUSED, b"not the peer of a session here");
         return Err(Refusal::Stranger);
     };
-    entry.accepted.try_send((connection, remote)).map_err(|_| Refusal::TooMany)
+    entry.accepted.try_send((connection, demux.path(remote))).map_err(|_| Refusal::TooMany)
 }
 
 fn session_of(connection: &Connection) -> Option<SessionId> {

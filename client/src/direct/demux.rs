@@ -1,4 +1,4 @@
-//! Sorts what arrives on the one socket (RFC 9443): STUN to the sessions, QUIC to quinn.
+//! Sorts what arrives on a socket (RFC 9443): STUN to the sessions, QUIC to quinn.
 //!
 //! QUIC's handshake comes only from addresses that a session has confirmed; from elsewhere it gets no
 //! answer at all. Short headers pass from everywhere, since a NAT may map a connection anew: quinn drops,
@@ -10,16 +10,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Instant;
 
 use adit_protocol::{DeviceId, SessionId};
-use adit_tunnel::path::{PathAgent, stun};
+use adit_tunnel::path::{LocalSocket, Path, PathAgent, stun};
 use quinn::Connection;
 use quinn::udp::RecvMeta;
+use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc};
 
 use crate::allow::canonical;
 
-/// The sessions of the socket, by their local username fragment.
-#[derive(Default)]
+/// The sessions of one socket, by their local username fragment.
 pub(super) struct Demux {
+    socket: LocalSocket,
     sessions: RwLock<HashMap<String, Arc<Entry>>>,
 }
 
@@ -35,8 +36,10 @@ pub(super) struct Entry {
     pub(super) agent: Mutex<PathAgent>,
     /// Wakes the path task.
     pub(super) wake: Notify,
-    /// Takes authenticated connections of the peer, with the address of their path.
-    pub(super) accepted: mpsc::Sender<(Connection, SocketAddr)>,
+    /// Takes authenticated connections of the peer, with their path.
+    pub(super) accepted: mpsc::Sender<(Connection, Path)>,
+    /// Takes TCP connections that have shown the session's check.
+    pub(super) knocked: mpsc::Sender<TcpStream>,
 }
 
 impl Entry {
@@ -45,10 +48,11 @@ impl Entry {
         self.agent.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn receive(&self, source: SocketAddr, datagram: &[u8]) -> bool {
+    /// A datagram came in there. Whether it is of this session.
+    pub(super) fn receive(&self, socket: LocalSocket, source: SocketAddr, datagram: &[u8]) -> bool {
         let mut agent = self.agent();
         // Under the lock, so that time never runs backwards for the agent.
-        let ours = agent.handle_datagram(Instant::now(), source, datagram);
+        let ours = agent.handle_datagram(Instant::now(), socket, source, datagram);
         drop(agent);
         if ours {
             self.wake.notify_one();
@@ -57,7 +61,23 @@ impl Entry {
     }
 }
 
+impl Default for Demux {
+    fn default() -> Self {
+        Self::of(LocalSocket::DEVICE)
+    }
+}
+
 impl Demux {
+    /// That of this socket.
+    pub(super) fn of(socket: LocalSocket) -> Self {
+        Self { socket, sessions: RwLock::default() }
+    }
+
+    /// From its socket to there.
+    pub(super) fn path(&self, remote: SocketAddr) -> Path {
+        Path { socket: self.socket, remote }
+    }
+
     /// From now on `entry` gets its datagrams and connections, until the guard is dropped.
     pub(super) fn register(self: &Arc<Self>, entry: Arc<Entry>) -> Registration {
         let mut sessions = self.sessions.write().unwrap_or_else(PoisonError::into_inner);
@@ -68,13 +88,18 @@ impl Demux {
     /// The session with this id, if `remote` is an address that it has confirmed.
     pub(super) fn confirmed_session(&self, session: SessionId, remote: SocketAddr) -> Option<Arc<Entry>> {
         let entry = self.find(|entry| entry.session == session)?;
-        let confirmed = entry.agent().is_confirmed(remote);
+        let confirmed = entry.agent().is_confirmed(self.path(remote));
         confirmed.then_some(entry)
+    }
+
+    /// The session with this local username fragment.
+    pub(super) fn session(&self, ufrag: &str) -> Option<Arc<Entry>> {
+        self.read(|sessions| sessions.get(ufrag).cloned())
     }
 
     /// Whether QUIC handshakes may come from `remote`.
     pub(super) fn is_confirmed(&self, remote: SocketAddr) -> bool {
-        self.find(|entry| entry.agent().is_confirmed(remote)).is_some()
+        self.find(|entry| entry.agent().is_confirmed(self.path(remote))).is_some()
     }
 
     /// Leaves in `buffer` what is quinn's, and handles the rest. A buffer holds one datagram, or several
@@ -120,19 +145,20 @@ impl Demux {
     fn receive(&self, source: SocketAddr, datagram: &[u8]) {
         match stun::local_ufrag(datagram) {
             Some(ufrag) => {
-                let entry = self.read(|sessions| sessions.get(ufrag).cloned());
-                if let Some(entry) = entry {
-                    entry.receive(source, datagram);
+                if let Some(entry) = self.session(ufrag) {
+                    entry.receive(self.socket, source, datagram);
                 }
             }
             None => {
-                self.find(|entry| entry.receive(source, datagram));
+                self.find(|entry| entry.receive(self.socket, source, datagram));
             }
         }
     }
 
     fn find(&self, wanted: impl Fn(&Entry) -> bool) -> Option<Arc<Entry>> {
-        self.read(|sessions| sessions.values().find(|entry| wanted(entry)).cloned())
+        // The engines' locks are not taken under this one.
+        let entries: Vec<Arc<Entry>> = self.read(|sessions| sessions.values().cloned().collect());
+        entries.into_iter().find(|entry| wanted(entry))
     }
 
     fn read<T>(&self, read: impl FnOnce(&HashMap<String, Arc<Entry>>) -> T) -> T {

@@ -56,7 +56,7 @@ impl Handshake {
         match MessageEncoder::default().encode(&mut payload, &message) {
             Ok(length) => {
                 payload.truncate(length);
-                Transmit { destination: transmit.destination, payload }
+                Transmit { payload, ..transmit }
             }
             Err(_) => transmit,
         }
@@ -66,6 +66,7 @@ impl Handshake {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use adit_tunnel::path::LocalSocket;
     use stun_rs::{DecoderContextBuilder, MessageDecoderBuilder};
 
     #[test]
@@ -75,7 +76,9 @@ mod tests {
         let mut handshake = Handshake::new(session, IceRole::Controlled, password).expect("good credentials");
         let mediator = "192.0.2.1:8002".parse().expect("an address");
         handshake.set_mediator(vec![mediator]);
-        let plain = |destination| Transmit { destination, payload: stun::binding_request([9; 12]).to_vec() };
+        let socket = LocalSocket::DEVICE;
+        let payload = stun::binding_request([9; 12]).to_vec();
+        let plain = |destination| Transmit { socket, hops: None, destination, payload: payload.clone() };
 
         let sealed = handshake.seal(plain(mediator));
         let key = HMACKey::new_short_term(password).expect("a key");
@@ -89,7 +92,7 @@ mod tests {
 
         let other = plain("192.0.2.2:8002".parse().expect("an address"));
         assert_eq!(handshake.seal(other.clone()), other);
-        let check = Transmit { destination: mediator, payload: vec![0; 100] };
+        let check = Transmit { payload: vec![0; 100], ..plain(mediator) };
         assert_eq!(handshake.seal(check.clone()), check);
     }
 }

@@ -4,11 +4,18 @@
 //! | --- | --- |
 //! | `socket` | the UDP socket, and the adapter through which quinn uses it |
 //! | `demux` | sorts what arrives: STUN to the sessions' path engines, QUIC to quinn |
+//! | `own_sockets` | the sockets of a session whose path is hard to find |
 //! | `path_task` | drives one session's [`adit_tunnel::path::PathAgent`] and dials the paths it confirms |
 //! | `accept` | the agent's side: takes connections from confirmed addresses and authenticated peers |
+//! | `tcp` | direct TCP connections: listening, dialling, letting in |
+//! | `tcp_schedule` | when TCP is dialled, and when it is left for QUIC |
 //! | `quic` | quinn's configuration, each number with its reason |
 //! | `mediator` | shows the mediator where this end is |
+//! | `loss` | when a path loses so much that the relay is better, and how the ends say so |
+//! | `turns` | who may try many sockets, and when |
 //! | `interfaces` | the addresses of this machine |
+//! | `network` | notices that they have changed |
+//! | `port_mapping` | has the router in front let others in |
 //!
 //! # The story of a direct path
 //! [`DirectEndpoint::bind`] once, [`DirectEndpoint::session`] for each session. Its
@@ -20,82 +27,113 @@
 mod accept;
 mod demux;
 mod interfaces;
+pub(crate) mod loss;
 mod mediator;
+mod network;
+mod own_sockets;
 mod path_task;
+pub(crate) mod port_mapping;
 mod quic;
 mod socket;
+mod tcp;
+mod tcp_schedule;
 #[cfg(test)]
 mod tests;
+mod turns;
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::RangeInclusive;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use adit_protocol::control::{IceCredentials, Welcome};
 use adit_protocol::{DeviceId, SessionId};
 use adit_tunnel::path::{Credentials, IceRole, InvalidCredentials};
 use quinn::Connection;
-use tokio::sync::mpsc;
+use tokio::net::TcpStream;
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
+use crate::config::PublicAddress;
 use crate::identity::{Identity, Live};
-use crate::tls::TlsError;
+use crate::tls::{self, CarrierStream, TlsError};
 use demux::Demux;
 #[doc(hidden)]
 pub use demux::sort_without_sessions;
 use mediator::Handshake;
+use own_sockets::OwnSockets;
 use path_task::{Command, PathTask};
+use port_mapping::PortMapper;
 use socket::DirectSocket;
+use tcp::{Listener, Side};
+use turns::Turns;
 
 /// Commands and events that wait, for each session. Messages are repeated until they arrive, so those
 /// that find no room are no loss.
 const QUEUE: usize = 64;
 
-/// One UDP socket with one quinn endpoint on it: all that a process has for direct paths.
+/// What direct paths of this process may use.
+#[derive(Debug, Clone)]
+pub struct BindConfig {
+    /// Ports that this end binds.
+    pub ports: RangeInclusive<u16>,
+    /// Ports that its peers may have.
+    pub peers: RangeInclusive<u16>,
+    /// This end offers 127.0.0.1, too, which is of use only where both ends are on one machine.
+    pub loopback: bool,
+    /// Where others reach the ports anyway.
+    pub public: Vec<PublicAddress>,
+}
+
+/// One UDP socket with one quinn endpoint on it: all that a process has for ordinary direct paths.
 pub struct DirectEndpoint {
     identity: Arc<Live>,
     /// The one that the endpoint shows as a server.
     shown: Mutex<Arc<Identity>>,
+    config: BindConfig,
     port: u16,
-    loopback: bool,
+    mapper: Arc<PortMapper>,
     socket: Arc<DirectSocket>,
     demux: Arc<Demux>,
     quic: quinn::Endpoint,
+    turns: Arc<Turns>,
+    /// While there are sessions.
+    tcp: Mutex<Weak<Listener>>,
+    network: watch::Receiver<()>,
     _accepting: Option<Task>,
 }
 
 impl DirectEndpoint {
-    /// Binds a free port of `ports`, beginning with a random one. With `loopback` this end offers
-    /// 127.0.0.1 too, which is of use only where both ends are on one machine. An agent accepts
-    /// connections of its sessions from now on.
+    /// Binds a free port of this end's range, beginning with a random one. An agent accepts connections of its sessions from
+    /// now on.
     ///
     /// Must be called within a tokio runtime.
     ///
     /// # Errors
     /// [`BindError`]; sessions then run on the relay.
-    pub fn bind(
-        identity: Arc<Live>,
-        ports: RangeInclusive<u16>,
-        loopback: bool,
-    ) -> Result<Arc<Self>, BindError> {
+    pub fn bind(identity: Arc<Live>, config: BindConfig) -> Result<Arc<Self>, BindError> {
         let demux = Arc::new(Demux::default());
-        let socket = Arc::new(DirectSocket::bind(ports, demux.clone())?);
+        let socket = Arc::new(DirectSocket::bind(config.ports.clone(), demux.clone())?);
         let port = socket.port();
         let shown = identity.get();
         let server = quic::server_config(&shown)?;
         let accepts = server.is_some();
         let quic = quic::endpoint(socket.clone(), server).map_err(BindError::Socket)?;
         let accepting = accepts.then(|| Task(tokio::spawn(accept::run(quic.clone(), demux.clone()))));
+        let network = network::notice();
         tracing::debug!(port, "direct paths use this UDP port");
         Ok(Arc::new(Self {
             identity,
             shown: Mutex::new(shown),
+            mapper: Arc::default(),
+            config,
             port,
-            loopback,
             socket,
             demux,
             quic,
+            turns: Arc::default(),
+            tcp: Mutex::default(),
+            network,
             _accepting: accepting,
         }))
     }
@@ -119,12 +157,34 @@ impl DirectEndpoint {
         now
     }
 
+    /// Takes TCP connections from now on, until the last session has ended.
+    fn listener(&self, role: IceRole) -> Option<Arc<Listener>> {
+        // On a desktop the firewall asks the user about every program that listens: a technician's does without.
+        let is_welcome = role == IceRole::Controlled || cfg!(target_os = "linux");
+        // Where both ends are on one machine, there is no network to be faster on.
+        if self.config.loopback || !is_welcome {
+            return None;
+        }
+        let mut listener = self.tcp.lock().unwrap_or_else(PoisonError::into_inner);
+        listener.upgrade().or_else(|| {
+            let bound = Arc::new(Listener::bind(self.config.ports.clone(), self.demux.clone())?);
+            *listener = Arc::downgrade(&bound);
+            Some(bound)
+        })
+    }
+
     /// Starts to look for a path. It goes on until the [`DirectSession`] is dropped.
     ///
     /// # Errors
     /// [`SessionError`] when the grant's ICE credentials or this device's certificate are of no use.
     pub fn session(self: &Arc<Self>, config: SessionConfig) -> Result<DirectSession, SessionError> {
         let identity = self.identity();
+        let side = match config.role {
+            IceRole::Controlling => {
+                Side::Technician(Arc::new(tls::tunnel_client(&identity, Some(config.peer))?))
+            }
+            IceRole::Controlled => Side::Agent(Arc::new(tls::tunnel_server(&identity, Some(config.peer))?)),
+        };
         let (command_sender, commands) = mpsc::channel(QUEUE);
         let (event_sender, events) = mpsc::channel(QUEUE);
         let task = PathTask {
@@ -136,8 +196,18 @@ impl DirectEndpoint {
             stun_servers: config.stun_servers,
             handshake: Handshake::new(config.session, config.role, &config.local.password)?,
             client: quic::client_config(&identity, config.peer)?,
+            own_sockets: OwnSockets::new(self.config.ports.clone(), quic::server_config(&identity)?),
+            many_socket_probing: config.many_socket_probing,
+            turns: self.turns.clone(),
+            listener: self.listener(config.role),
+            side,
+            peer_comes_from: config.peer_comes_from,
             port: self.port,
-            loopback: self.loopback,
+            endpoint: self.config.clone(),
+            mapper: self.mapper.clone(),
+            // Where both ends are on one machine, there is no router between them.
+            port_mapping: config.port_mapping && !self.config.loopback,
+            network: self.network.clone(),
             socket: self.socket.clone(),
             demux: self.demux.clone(),
             quic: self.quic.clone(),
@@ -169,6 +239,12 @@ pub struct SessionConfig {
     pub remote: IceCredentials,
     /// Who tells this end its addresses.
     pub stun_servers: StunServers,
+    /// The address from which the mediator sees the other end.
+    pub peer_comes_from: Option<IpAddr>,
+    /// Whether many sockets may be tried where one NAT takes random ports (up to 256 sockets, or 1,024 datagrams).
+    pub many_socket_probing: bool,
+    /// Whether the router in front may be asked for ports.
+    pub port_mapping: bool,
 }
 
 /// STUN servers, `HOST:PORT` (UDP) each. Names are resolved when a session begins, to an IPv4 and an IPv6 address.
@@ -214,6 +290,19 @@ pub enum DirectEvent {
         /// This end as the peer sees it, where known.
         local: Option<SocketAddr>,
     },
+    /// A direct TCP connection with the session's peer, authenticated.
+    Stream {
+        /// The connection.
+        stream: Box<CarrierStream<TcpStream>>,
+        /// This end's address.
+        local: Option<SocketAddr>,
+        /// The other end's.
+        remote: Option<SocketAddr>,
+        /// To be dropped when it has ended.
+        alive: oneshot::Sender<()>,
+        /// Says that it is to end, because another one does better. Its failure says nothing.
+        left: oneshot::Receiver<()>,
+    },
     /// No path was found this time, or it could not be used. For logs.
     Failed {
         /// For people.
@@ -244,6 +333,12 @@ impl DirectHandle {
     /// is left as it is. One that closes, at whichever end, is noticed without this call.
     pub fn silent(&self, reason: &str) {
         self.tell(Command::Silent(reason.to_owned()));
+    }
+
+    /// The connection handed out last loses too much, and is being closed for that reason. The search starts again after a
+    /// while, and later each time.
+    pub fn poor(&self, reason: &str) {
+        self.tell(Command::Poor(reason.to_owned()));
     }
 
     fn tell(&self, command: Command) {

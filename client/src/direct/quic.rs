@@ -54,7 +54,7 @@ pub(super) fn server_config(identity: &Identity) -> Result<Option<ServerConfig>,
 
 /// A technician's, for dialling `agent`.
 pub(super) fn client_config(identity: &Identity, agent: DeviceId) -> Result<ClientConfig, TlsError> {
-    let crypto = QuicClientConfig::try_from(tls::tunnel_client(identity, agent)?).map_err(no_suite)?;
+    let crypto = QuicClientConfig::try_from(tls::tunnel_client(identity, Some(agent))?).map_err(no_suite)?;
     Ok(ClientConfig::new(Arc::new(crypto)))
 }
 

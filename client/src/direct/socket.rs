@@ -19,7 +19,7 @@ use std::task::{Context, Poll, ready};
 
 use quinn::udp::{RecvMeta, Transmit, UdpSocketState};
 use quinn::{AsyncUdpSocket, UdpPoller};
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
@@ -31,10 +31,11 @@ const BUFFER: usize = 4 * 1024 * 1024;
 /// Receive errors in a row, before other tasks get their turn.
 const ERRORS_A_TURN: usize = 16;
 
-/// The one socket, bound to all addresses: IPv6 and IPv4, or IPv4 only where the system has no IPv6. On one for both the
+/// A socket, bound to all addresses. The device's is for IPv6 and IPv4, or IPv4 only where the system has no IPv6; a session's own
+/// is for IPv4. On one for both the
 /// system, and so quinn, has IPv4 addresses in the form `::ffff:192.0.2.1`; everybody else here has them as IPv4.
 pub(super) struct DirectSocket {
-    io: UdpSocket,
+    io: Arc<UdpSocket>,
     /// quinn's own way, where the system has what it needs.
     state: Option<UdpSocketState>,
     address: SocketAddr,
@@ -44,15 +45,21 @@ pub(super) struct DirectSocket {
 
 impl DirectSocket {
     pub(super) fn bind(ports: RangeInclusive<u16>, demux: Arc<Demux>) -> Result<Self, BindError> {
-        let std = bind_one_of(ports)?;
-        let state = UdpSocketState::new((&std).into())
-            .inspect_err(|error| tracing::info!(%error, "direct paths are slower: datagrams go one by one"));
-        Self::wrap(std, state.ok(), demux).map_err(BindError::Socket)
+        let std = bind_one_of(ports, bind)?;
+        let io = UdpSocket::from_std(std).map_err(BindError::Socket)?;
+        Self::on(Arc::new(io), demux).map_err(BindError::Socket)
     }
 
-    fn wrap(std: std::net::UdpSocket, state: Option<UdpSocketState>, demux: Arc<Demux>) -> io::Result<Self> {
-        let address = std.local_addr()?;
-        Ok(Self { io: UdpSocket::from_std(std)?, state, address, demux, errors: AtomicU64::new(0) })
+    /// On a socket that is there. Who read from it before may take one more datagram.
+    pub(super) fn on(io: Arc<UdpSocket>, demux: Arc<Demux>) -> io::Result<Self> {
+        let address = io.local_addr()?;
+        // Best effort: smaller buffers are slower, that is all.
+        let socket = SockRef::from(&*io);
+        let _ = socket.set_recv_buffer_size(BUFFER);
+        let _ = socket.set_send_buffer_size(BUFFER);
+        let state = UdpSocketState::new((&*io).into())
+            .inspect_err(|error| tracing::info!(%error, "direct paths are slower: datagrams go one by one"));
+        Ok(Self { io, state: state.ok(), address, demux, errors: AtomicU64::new(0) })
     }
 
     pub(super) fn port(&self) -> u16 {
@@ -97,7 +104,9 @@ impl AsyncUdpSocket for DirectSocket {
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
         let sent = match &self.state {
-            Some(state) => self.io.try_io(Interest::WRITABLE, || state.try_send((&self.io).into(), transmit)),
+            Some(state) => {
+                self.io.try_io(Interest::WRITABLE, || state.try_send((&*self.io).into(), transmit))
+            }
             // One datagram: `max_transmit_segments` says so.
             None => self.io.try_send_to(transmit.contents, transmit.destination).map(drop),
         };
@@ -122,7 +131,7 @@ impl AsyncUdpSocket for DirectSocket {
                 ready!(self.io.poll_recv_ready(cx))?;
                 let received = match &self.state {
                     Some(state) => {
-                        self.io.try_io(Interest::READABLE, || state.recv((&self.io).into(), buffers, meta))
+                        self.io.try_io(Interest::READABLE, || state.recv((&*self.io).into(), buffers, meta))
                     }
                     None => self.receive_one(buffers, meta),
                 };
@@ -191,8 +200,23 @@ impl fmt::Debug for WritePoller {
     }
 }
 
+/// A socket for IPv4 alone, with a free port of the range.
+pub(super) fn bind_ipv4(ports: RangeInclusive<u16>) -> Result<std::net::UdpSocket, BindError> {
+    bind_one_of(ports, |port| {
+        let address = SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
+        let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDP))?;
+        socket.set_nonblocking(true)?;
+        socket.bind(&address.into())?;
+        Ok(socket.into())
+    })
+}
+
 /// The range overlaps the systems' ephemeral ports: some may be taken.
-fn bind_one_of(ports: RangeInclusive<u16>) -> Result<std::net::UdpSocket, BindError> {
+/// Binds a free port of the range, beginning with a random one.
+pub(super) fn bind_one_of<S>(
+    ports: RangeInclusive<u16>,
+    bind: impl Fn(u16) -> io::Result<S>,
+) -> Result<S, BindError> {
     let (first, last) = (*ports.start(), *ports.end());
     let count = ports.count();
     let start = if count == 0 { 0 } else { rand::random_range(0..count) };
@@ -224,9 +248,6 @@ fn bind_to(domain: Domain, address: SocketAddr) -> io::Result<std::net::UdpSocke
         socket.set_only_v6(false)?;
     }
     socket.bind(&address.into())?;
-    // Best effort: smaller buffers are slower, that is all.
-    let _ = socket.set_recv_buffer_size(BUFFER);
-    let _ = socket.set_send_buffer_size(BUFFER);
     Ok(socket.into())
 }
 

@@ -65,11 +65,17 @@ fn identity(authority: &Authority, device_id: DeviceId, role: Role) -> Arc<Live>
         key: Arc::new(key),
         revoked: Arc::default(),
         proxies: Default::default(),
+        p2p: Default::default(),
     })
 }
 
+fn on_loopback(ports: std::ops::RangeInclusive<u16>) -> BindConfig {
+    BindConfig { peers: ports.clone(), ports, loopback: true, public: vec![] }
+}
+
 fn endpoint(authority: &Authority, device_id: DeviceId, role: Role) -> Arc<DirectEndpoint> {
-    DirectEndpoint::bind(identity(authority, device_id, role), 20_000..=29_999, true).expect("a free port")
+    DirectEndpoint::bind(identity(authority, device_id, role), on_loopback(20_000..=29_999))
+        .expect("a free port")
 }
 
 fn config(role: IceRole) -> SessionConfig {
@@ -78,7 +84,17 @@ fn config(role: IceRole) -> SessionConfig {
         IceRole::Controlling => (AGENT, ice("tech"), ice("agent")),
         IceRole::Controlled => (TECHNICIAN, ice("agent"), ice("tech")),
     };
-    SessionConfig { session: SESSION, role, peer, local, remote, stun_servers: StunServers::default() }
+    SessionConfig {
+        session: SESSION,
+        role,
+        peer,
+        local,
+        remote,
+        stun_servers: StunServers::default(),
+        peer_comes_from: None,
+        many_socket_probing: true,
+        port_mapping: false,
+    }
 }
 
 impl Pair {
@@ -112,6 +128,7 @@ impl Pair {
                         return (is_agent, Said::Connected(connection));
                     }
                     DirectEvent::Failed { reason, .. } => return (is_agent, Said::Failed(reason)),
+                    DirectEvent::Stream { .. } => panic!("there is no direct TCP on loopback"),
                 }
             }
         };
@@ -325,11 +342,12 @@ async fn a_full_range_is_an_error_that_names_the_setting() {
     let taken = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("a socket");
     let port = taken.local_addr().expect("an address").port();
     let identity = identity(&authority(), AGENT, Role::Agent);
-    let error = DirectEndpoint::bind(identity.clone(), port..=port, true).err().expect("refused");
+    let error = DirectEndpoint::bind(identity.clone(), on_loopback(port..=port)).err().expect("refused");
     assert!(matches!(error, BindError::NoFreePort { first, last } if first == port && last == port));
     assert!(error.to_string().contains("[p2p] ports"), "{error}");
     // A busy port is skipped.
-    let endpoint = DirectEndpoint::bind(identity, port..=port.saturating_add(50), true).expect("a free port");
+    let endpoint =
+        DirectEndpoint::bind(identity, on_loopback(port..=port.saturating_add(50))).expect("a free port");
     assert!((port.saturating_add(1)..=port.saturating_add(50)).contains(&endpoint.local_port()));
 }
 

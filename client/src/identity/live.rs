@@ -13,6 +13,7 @@ use super::revocation::{InvalidList, Revocations};
 use super::store::{self, StoreError};
 use super::verify::{Expected, VerifyError, verify_device};
 use super::{Identity, Peer};
+use crate::config::P2p;
 use crate::proxy::Proxies;
 
 /// More addresses than a mediator has.
@@ -34,21 +35,26 @@ impl Live {
     /// # Errors
     /// See [`store::load`].
     pub fn load(dir: &Path) -> Result<Arc<Self>, StoreError> {
-        Self::load_behind(dir, Proxies::default())
+        Self::load_behind(dir, Proxies::default(), P2p::default())
     }
 
-    /// The same in a network that is left through `proxies`.
+    /// The same in a network that is left through `proxies`, with what its owner permits on the way to direct paths.
     ///
     /// # Errors
     /// See [`store::load`].
-    pub fn load_behind(dir: &Path, proxies: Proxies) -> Result<Arc<Self>, StoreError> {
-        let identity = RwLock::new(Arc::new(Identity { proxies, ..store::load(dir)? }));
+    pub fn load_behind(dir: &Path, proxies: Proxies, p2p: P2p) -> Result<Arc<Self>, StoreError> {
+        let identity = RwLock::new(Arc::new(Identity { proxies, p2p, ..store::load(dir)? }));
         Ok(Arc::new(Self { dir: Some(dir.to_owned()), identity }))
     }
 
     /// An identity whose changes are forgotten with the process.
     pub fn new(identity: Identity) -> Arc<Self> {
         Arc::new(Self { dir: None, identity: RwLock::new(Arc::new(identity)) })
+    }
+
+    /// The state directory, if it has one.
+    pub fn dir(&self) -> Option<&Path> {
+        self.dir.as_deref()
     }
 
     /// The identity as it is now.
@@ -189,6 +195,7 @@ mod tests {
             key: Arc::new(key),
             revoked: Arc::default(),
             proxies: Default::default(),
+            p2p: Default::default(),
         };
         store::save(dir, &identity).expect("saves");
         (authority, Live::load(dir).expect("loads"))

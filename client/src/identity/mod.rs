@@ -26,6 +26,7 @@ pub use certificate::Peer;
 pub use live::Live;
 use revocation::Revoked;
 
+use crate::config::P2p;
 use crate::proxy::Proxies;
 
 /// This device: what its certificate says, and the key that proves it.
@@ -55,6 +56,8 @@ pub struct Identity {
     pub revoked: Arc<Revoked>,
     /// The way out of this network: a setting of the process, not kept with the identity.
     pub proxies: Proxies,
+    /// What its owner permits on the way to direct paths.
+    pub p2p: P2p,
 }
 
 impl Identity {

@@ -71,6 +71,7 @@ pub fn load(dir: &Path) -> Result<Identity, StoreError> {
         key: Arc::new(key),
         revoked: Arc::new(Revoked::new(revoked)),
         proxies: Default::default(),
+        p2p: Default::default(),
     })
 }
 
@@ -367,6 +368,7 @@ mod tests {
             key: Arc::new(key),
             revoked: Arc::default(),
             proxies: Default::default(),
+            p2p: Default::default(),
         }
     }
 

@@ -13,7 +13,8 @@ use windows as system;
 #[cfg(windows)]
 pub(crate) use windows::{in_profile, take_over};
 
+pub use system::raise_descriptor_limit;
 pub(crate) use system::{
-    COLOURS, Signals, asked_to_retire, create_private_dir, hand_over, limit_unsent, machine_name,
-    out_of_descriptors, set_access, sync_dir,
+    COLOURS, Signals, asked_to_retire, create_private_dir, hand_over, limit_memory, limit_unsent,
+    machine_name, out_of_descriptors, set_access, sync_dir, without_terminal,
 };

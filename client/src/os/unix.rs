@@ -7,6 +7,7 @@ use std::path::Path;
 use std::task::Poll;
 
 use rustix::io::Errno;
+use rustix::process::{Resource, Rlimit, setrlimit};
 use tokio::net::TcpStream;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -44,6 +45,17 @@ pub(crate) async fn asked_to_retire() {
     }
 }
 
+/// What is typed at the terminal, Ctrl-C for one, is not for this child.
+pub(crate) fn without_terminal(command: &mut tokio::process::Command) {
+    command.process_group(0);
+}
+
+/// From now on this process gets no more than so many bytes, if the system lets it say so.
+pub(crate) fn limit_memory(bytes: u64) {
+    let limit = Rlimit { current: Some(bytes), maximum: Some(bytes) };
+    let _ = setrlimit(Resource::As, limit);
+}
+
 /// Makes `dir`, and what leads to it, with mode 0700.
 pub(crate) fn create_private_dir(dir: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir)
@@ -78,6 +90,26 @@ pub(crate) fn out_of_descriptors(error: &io::Error) -> bool {
 /// The name of this machine.
 pub(crate) fn machine_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+/// Takes as many descriptors as the system grants. The usual soft limit, 1,024 or on macOS 256, is a few hundred
+/// connections, and many-socket probing alone takes 256.
+pub fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    /// macOS says that there is no limit, and refuses more than this (OPEN_MAX).
+    const OPEN_MAX: u64 = 10_240;
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let wanted = if cfg!(target_os = "macos") {
+        Some(maximum.map_or(OPEN_MAX, |it| it.min(OPEN_MAX)))
+    } else {
+        maximum
+    };
+    if wanted == current {
+        return;
+    }
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: wanted, maximum }) {
+        tracing::warn!(%error, "the limit on open descriptors stays as it is");
+    }
 }
 
 /// How many unsent bytes of a connection the kernel may hold (TCP_NOTSENT_LOWAT). Best effort, and on Linux

@@ -27,6 +27,15 @@ const NO_MORE_SOCKETS: i32 = 10_024;
 /// ERROR_TOO_MANY_OPEN_FILES.
 const NO_MORE_FILES: i32 = 4;
 
+/// This child has no console: neither a window, nor Ctrl-C.
+pub(crate) fn without_terminal(command: &mut tokio::process::Command) {
+    const CREATE_NO_WINDOW: u32 = 0x0800_0000;
+    command.creation_flags(CREATE_NO_WINDOW);
+}
+
+/// Not on Windows.
+pub(crate) fn limit_memory(_bytes: u64) {}
+
 /// The wishes to end that a process may get. Closing the window and shutting down leave a few seconds.
 /// Logging off is none: it would end services, too.
 pub(crate) struct Signals {
@@ -133,6 +142,9 @@ pub(crate) fn out_of_descriptors(error: &io::Error) -> bool {
 pub(crate) fn machine_name() -> String {
     std::env::var("COMPUTERNAME").unwrap_or_default()
 }
+
+/// Windows has no such limit.
+pub fn raise_descriptor_limit() {}
 
 /// Windows has no bound for the unsent bytes of a connection that it holds.
 pub(crate) fn limit_unsent(_: &TcpStream, _bytes: u32) {}

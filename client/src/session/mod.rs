@@ -6,7 +6,8 @@
 
 mod relays;
 
-use std::sync::Arc;
+use std::convert::Infallible;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use adit_protocol::control::{self, Closed, Down, Grant, Renew, Up};
@@ -19,11 +20,14 @@ use tokio::task::JoinSet;
 use tracing::{debug, info, warn};
 
 use crate::control::maintain::{Control, State};
-use crate::direct::{DirectEndpoint, DirectEvent, DirectSession, SessionConfig, StunServers};
+use crate::direct::{
+    DirectEndpoint, DirectEvent, DirectHandle, DirectSession, SessionConfig, StunServers, loss,
+};
+use crate::early::Opening;
 use crate::identity::{Identity, Peer};
-use crate::tunnel::{CarrierInfo, Flow, Notice, Tunnel, TunnelStream, quic_carrier};
+use crate::tunnel::{CarrierInfo, Flow, Notice, Tunnel, TunnelStream, byte_carrier, quic_carrier};
 use crate::via::Via;
-use relays::Relays;
+use relays::{Granted, Relays};
 
 /// An agent keeps a session without any carrier for this long: longer than a laptop sleeps at lunch,
 /// shorter than for ever.
@@ -83,8 +87,14 @@ pub struct Parts {
     pub direct: Option<Arc<DirectEndpoint>>,
     /// Who tells this end its addresses.
     pub stun: StunServers,
+    /// See [`SessionConfig::many_socket_probing`].
+    pub many_socket_probing: bool,
+    /// See [`SessionConfig::port_mapping`].
+    pub port_mapping: bool,
     /// What the mediator says about this session.
     pub downs: mpsc::Receiver<Down>,
+    /// The handshake that has begun on the way here, for the first leg to the first relay.
+    pub opening: Option<Opening>,
 }
 
 /// Starts a session. It ends with [`Tunnel::close`], when the other end or the mediator ends it, or
@@ -107,7 +117,7 @@ struct Runner {
     relays: Option<Relays>,
     direct: Option<DirectSession>,
     downs: Option<mpsc::Receiver<Down>>,
-    quic: JoinSet<()>,
+    direct_carriers: JoinSet<()>,
     started: Instant,
     expires: Option<Instant>,
     /// The carrier that was told, and why the next one will be.
@@ -116,6 +126,8 @@ struct Runner {
     /// The tier in use before, for the reason of a move.
     before: Option<CarrierKind>,
     alone_since: Option<Instant>,
+    /// Why the carrier that was lost last was given up, if it was.
+    why_lost: Option<String>,
     closing: Option<String>,
 }
 
@@ -133,6 +145,9 @@ impl Runner {
                 local: parts.grant.local_ice.clone().unwrap_or_default(),
                 remote: parts.grant.remote_ice.clone().unwrap_or_default(),
                 stun_servers: parts.stun.clone(),
+                peer_comes_from: parts.grant.peer_comes_from.parse().ok(),
+                many_socket_probing: parts.many_socket_probing,
+                port_mapping: parts.port_mapping,
             })
         });
         let direct = match direct.transpose() {
@@ -151,7 +166,7 @@ impl Runner {
                 parts.peer,
                 called,
                 tunnel.clone(),
-                parts.grant.relays,
+                Granted { tickets: parts.grant.relays, opening: parts.opening },
             )
         });
         Self {
@@ -165,13 +180,14 @@ impl Runner {
             relays,
             direct,
             downs: Some(parts.downs),
-            quic: JoinSet::new(),
+            direct_carriers: JoinSet::new(),
             started: now,
             expires: expiry(now, parts.grant.expires),
             told: None,
             active: None,
             before: None,
             alone_since: Some(now),
+            why_lost: None,
             closing: None,
         }
     }
@@ -195,7 +211,7 @@ impl Runner {
                 },
                 event = direct_event(&mut self.direct) => self.on_direct(event),
                 () = relays_progress(&mut self.relays) => {}
-                Some(_) = self.quic.join_next() => {}
+                Some(_) = self.direct_carriers.join_next() => {}
                 Ok(()) = control_state.changed() => asked_at = None,
                 () = sleep_until(ask_again) => asked_at = None,
                 () = sleep_until(deadline) => self.on_deadline(),
@@ -241,6 +257,7 @@ impl Runner {
             Notice::Active(carrier, reason) => {
                 let reason = self.describe(carrier, reason);
                 self.active = Some((carrier, reason));
+                self.why_lost = None;
                 self.tell_tier().await;
             }
             Notice::Silent => {
@@ -251,6 +268,8 @@ impl Runner {
                 self.relays.iter_mut().for_each(Relays::dial_all);
             }
             Notice::CarrierLost { kind, reason } => {
+                self.why_lost =
+                    Some(reason.clone()).filter(|why| kind.tier() == "direct" && loss::is_reason(why));
                 info!(session = %self.id, carrier = kind.as_str(), reason, "carrier lost");
                 // The search for a direct path notices by itself that its connection is closed.
                 if kind.tier() == "relay" {
@@ -306,8 +325,32 @@ impl Runner {
                 }
                 debug!(session = %self.id, "direct path connected");
                 let tunnel = self.tunnel.clone();
-                self.quic.spawn(async move {
-                    quic_carrier::run(tunnel, connection, local).await;
+                let handle = self.direct.as_ref().map(|direct| direct.handle.clone());
+                self.direct_carriers.spawn(async move {
+                    let (watched, why) = (connection.clone(), OnceLock::new());
+                    tokio::select! {
+                        _ = quic_carrier::run(tunnel.clone(), connection, local, &why) => {}
+                        never = leave_if_lossy(&tunnel, &watched, handle, &why) => match never {},
+                    }
+                });
+            }
+            DirectEvent::Stream { stream, local, remote, alive, left } => {
+                if !is_called(stream.get_ref().1.peer_certificates(), self.called.as_deref()) {
+                    return self.tunnel.close(OTHER_DEVICE);
+                }
+                debug!(session = %self.id, ?remote, "direct TCP connected");
+                let tunnel = self.tunnel.clone();
+                self.direct_carriers.spawn(async move {
+                    let told = async {
+                        if left.await.is_err() {
+                            std::future::pending::<()>().await;
+                        }
+                    };
+                    tokio::select! {
+                        _ = byte_carrier::run(tunnel, CarrierKind::Tcp, *stream, local, remote) => {}
+                        () = told => {}
+                    }
+                    drop(alive);
                 });
             }
             DirectEvent::Failed { reason, retry } => {
@@ -344,7 +387,10 @@ impl Runner {
             Reason::Better => "relay connected".to_owned(),
             Reason::Nominated => "the technician's end moved".to_owned(),
             Reason::Silent(time) => format!("{} silent for {} ms", name(self.before), time.as_millis()),
-            Reason::Lost => format!("{} lost", name(self.before)),
+            Reason::Lost => match &self.why_lost {
+                Some(why) => format!("{} left: {why}", name(self.before)),
+                None => format!("{} lost", name(self.before)),
+            },
         }
     }
 
@@ -371,13 +417,38 @@ impl Runner {
         let _ = self.control.send(Up::Closed(closed)).await;
         // Carriers end by themselves once they have said goodbye.
         let goodbye = async {
-            while self.quic.join_next().await.is_some() {}
+            while self.direct_carriers.join_next().await.is_some() {}
             if let Some(relays) = &mut self.relays {
                 relays.finish().await;
             }
         };
         let _ = tokio::time::timeout(GOODBYE, goodbye).await;
         let _ = self.events.send(SessionEvent::Closed { reason }).await;
+    }
+}
+
+/// Gives a direct path up that loses too much, as soon as there is a relay to go on with. The path engine leaves it alone for
+/// a while then.
+async fn leave_if_lossy(
+    tunnel: &Tunnel,
+    connection: &quinn::Connection,
+    direct: Option<DirectHandle>,
+    why: &OnceLock<String>,
+) -> Infallible {
+    loop {
+        let percent = loss::too_much(connection).await;
+        if tunnel
+            .carriers()
+            .iter()
+            .any(|carrier| carrier.ready && !carrier.silent && carrier.kind.tier() == "relay")
+        {
+            let reason = loss::reason(percent);
+            if let Some(direct) = &direct {
+                direct.poor(&reason);
+            }
+            let _ = why.set(reason);
+            connection.close(loss::code(percent), b"");
+        }
     }
 }
 

@@ -1,18 +1,24 @@
 //! The relay legs of one session: which are dialled, when, and with which tickets.
 
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use adit_protocol::DeviceId;
 use adit_protocol::control::RelayTicket;
 use adit_tunnel::session::{CarrierKind, End};
+use bytes::Bytes;
+use rustls::pki_types::CertificateDer;
 use rustls::{ClientConfig, ServerConfig};
+use tokio::io::AsyncReadExt;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tracing::debug;
 
-use crate::identity::Identity;
+use crate::early::{self, Opening, Spliced};
+use crate::identity::{Identity, Peer};
 use crate::leg::{self, Leg, LegError, RelayRefused};
 use crate::tls::{self, CarrierStream};
 use crate::tunnel::{CarrierInfo, Tunnel, byte_carrier};
@@ -25,6 +31,8 @@ const DIAL_TIMEOUT: Duration = Duration::from_secs(20);
 /// A relay answers when the other leg has come, in a round trip or two. Some firewalls take every connection, and let
 /// nothing through: after this time the other way is tried, too.
 const UNHEARD: Duration = Duration::from_secs(3);
+/// A technician whose handshake began with its request hears nothing either while the agent tries its other way.
+const UNHEARD_EARLY: Duration = Duration::from_secs(4);
 /// More relays than a mediator grants.
 const MAX_RELAYS: usize = 8;
 /// The longest pause while the session has no carrier at all. Milliseconds.
@@ -44,6 +52,14 @@ pub(super) struct Relays {
     all: bool,
 }
 
+/// What a session begins with.
+pub(super) struct Granted {
+    /// One for each relay.
+    pub(super) tickets: Vec<RelayTicket>,
+    /// The handshake that has begun, for the first of them.
+    pub(super) opening: Option<Opening>,
+}
+
 struct Relay {
     id: Vec<u8>,
     ticket: Option<RelayTicket>,
@@ -52,9 +68,23 @@ struct Relay {
     first: CarrierKind,
 }
 
+/// A leg with a handshake done on it.
+struct Shaken {
+    connection: CarrierStream<Spliced<Leg>>,
+    kind: CarrierKind,
+    local: Option<SocketAddr>,
+    remote: Option<SocketAddr>,
+    /// Whether the relay has said a word. Where the handshake was done before, nothing shows yet that this way is open.
+    heard: watch::Receiver<bool>,
+}
+
 enum Outcome {
     /// Both legs are there: the ticket that was shown is spent. And the way to try first the next time.
-    Paired(Box<CarrierStream<Leg>>, String, CarrierKind),
+    Paired(Box<Shaken>, RelayTicket, CarrierKind),
+    /// And now the relay has said a word.
+    Heard(RelayTicket),
+    /// It has not: this way is no way.
+    Unheard(CarrierKind),
     /// The ticket that was shown is of no use any more.
     Spent(String, String),
     Failed(String),
@@ -64,9 +94,13 @@ enum Outcome {
 
 struct Dialler {
     identity: Arc<Identity>,
+    peer: DeviceId,
     called: Option<String>,
     tunnel: Tunnel,
     config: Result<Config, String>,
+    /// The handshake that has begun with the request, until a leg to the first relay takes it.
+    opening: Mutex<Option<Opening>>,
+    first_relay: Vec<u8>,
 }
 
 enum Config {
@@ -82,19 +116,24 @@ impl Relays {
         peer: DeviceId,
         called: Option<String>,
         tunnel: Tunnel,
-        tickets: Vec<RelayTicket>,
+        granted: Granted,
     ) -> Self {
+        let Granted { tickets, opening } = granted;
         let config = match end {
-            End::Technician => tls::tunnel_client(&identity, peer).map(|c| Config::Technician(Arc::new(c))),
+            End::Technician => {
+                tls::tunnel_client(&identity, Some(peer)).map(|c| Config::Technician(Arc::new(c)))
+            }
             End::Agent if via == Via::Redirector => {
                 tls::redirector_server(&identity, peer).map(|c| Config::Agent(Arc::new(c)))
             }
             End::Agent => tls::tunnel_server(&identity, Some(peer)).map(|c| Config::Agent(Arc::new(c))),
         };
         let config = config.map_err(|error| error.to_string());
+        let first_relay = tickets.first().map(|ticket| ticket.relay.clone()).unwrap_or_default();
+        let opening = Mutex::new(opening);
         let relays = tickets.into_iter().map(Relay::new).collect();
         Self {
-            dialler: Arc::new(Dialler { identity, called, tunnel, config }),
+            dialler: Arc::new(Dialler { identity, peer, called, tunnel, config, opening, first_relay }),
             relays,
             tasks: JoinSet::new(),
             attempts: 0,
@@ -194,18 +233,49 @@ impl Relays {
         let Some(relay) = self.relays.get_mut(index) else { return };
         let paired = matches!(outcome, Outcome::Paired(..));
         match outcome {
-            Outcome::Paired(connection, used, first) => {
-                relay.spend(&used);
+            Outcome::Paired(shaken, ticket, first) => {
+                let mut heard = shaken.heard.clone();
+                let is_early = !*heard.borrow();
+                if is_early {
+                    // Not spent before both legs are there; until then it is being shown.
+                    self.tasks.spawn(async move {
+                        let is_heard = heard.wait_for(|heard| *heard).await.is_ok();
+                        (index, if is_heard { Outcome::Heard(ticket) } else { Outcome::Ended })
+                    });
+                } else {
+                    relay.spend(&ticket.ticket);
+                }
                 relay.first = first;
                 (self.attempts, self.all) = (0, false);
                 self.dial_at = None;
                 let tunnel = self.dialler.tunnel.clone();
                 self.tasks.spawn(async move {
-                    let leg = connection.get_ref().0.get_ref();
-                    let (kind, (local, remote)) = (leg.kind(), leg.addresses());
-                    byte_carrier::run(tunnel, kind, *connection, local, remote).await;
-                    (index, Outcome::Ended)
+                    let Shaken { connection, kind, local, remote, heard } = *shaken;
+                    let mut word = heard.clone();
+                    let unheard = async {
+                        let is_heard =
+                            matches!(timeout(UNHEARD_EARLY, word.wait_for(|heard| *heard)).await, Ok(Ok(_)));
+                        if is_heard {
+                            std::future::pending::<()>().await;
+                        }
+                    };
+                    tokio::select! {
+                        _ = byte_carrier::run(tunnel, kind, connection, local, remote) => {}
+                        () = unheard => {}
+                    }
+                    let is_unheard = is_early && !*heard.borrow();
+                    (index, if is_unheard { Outcome::Unheard(kind) } else { Outcome::Ended })
                 });
+            }
+            Outcome::Heard(ticket) => relay.spend(&ticket.ticket),
+            Outcome::Unheard(kind) => {
+                debug!(
+                    carrier = kind.as_str(),
+                    "nothing is heard from the relay; trying the other way first"
+                );
+                relay.first = other_way(kind);
+                relay.dialling = false;
+                self.dial_at = Some(Instant::now());
             }
             Outcome::Ended => {}
             Outcome::Spent(reason, used) => {
@@ -246,7 +316,7 @@ impl Relay {
 impl Dialler {
     async fn dial(&self, ticket: RelayTicket, first: CarrierKind) -> Outcome {
         match timeout(DIAL_TIMEOUT, self.connect(&ticket, first)).await {
-            Ok(Ok((connection, first))) => Outcome::Paired(Box::new(connection), ticket.ticket, first),
+            Ok(Ok((shaken, first))) => Outcome::Paired(Box::new(shaken), ticket, first),
             Ok(Err(outcome)) => outcome,
             Err(_) => Outcome::Failed("timed out".to_owned()),
         }
@@ -258,7 +328,7 @@ impl Dialler {
         &self,
         ticket: &RelayTicket,
         first: CarrierKind,
-    ) -> Result<(CarrierStream<Leg>, CarrierKind), Outcome> {
+    ) -> Result<(Shaken, CarrierKind), Outcome> {
         let leg = leg::dial(&self.identity, ticket, first).await.map_err(|error| self.no_leg(&error))?;
         let (kind, heard) = (leg.kind(), leg.heard());
         let shaking = self.shake(leg, ticket);
@@ -266,12 +336,12 @@ impl Dialler {
         if let Ok(done) = timeout(UNHEARD, &mut shaking).await {
             return done.map(|connection| (connection, kind));
         }
-        let other = match kind {
-            CarrierKind::Relay if !ticket.https.is_empty() => CarrierKind::RelayHttps,
-            CarrierKind::RelayHttps if !ticket.addresses.is_empty() => CarrierKind::Relay,
-            _ => return shaking.await.map(|connection| (connection, kind)),
+        let other = other_way(kind);
+        let leads_nowhere = match other {
+            CarrierKind::RelayHttps => ticket.https.is_empty(),
+            _ => ticket.addresses.is_empty(),
         };
-        if heard.load(Ordering::Relaxed) {
+        if leads_nowhere || *heard.borrow() {
             return shaking.await.map(|connection| (connection, kind));
         }
         debug!(carrier = kind.as_str(), "nothing is heard from the relay; trying the other way too");
@@ -291,16 +361,13 @@ impl Dialler {
             },
         };
         // A word on the first way, if only that a newer leg took its place: that way is open, and the other end was late.
-        Ok((connection, if heard.load(Ordering::Relaxed) { kind } else { other }))
+        Ok((connection, if *heard.borrow() { kind } else { other }))
     }
 
     /// The end-to-end handshake on a leg that has shown its ticket.
-    async fn shake(&self, leg: Leg, ticket: &RelayTicket) -> Result<CarrierStream<Leg>, Outcome> {
-        let config = self.config.as_ref().map_err(|error| Outcome::Failed(error.clone()))?;
-        let connection = match config {
-            Config::Technician(config) => tls::carrier_connect(config.clone(), leg).await,
-            Config::Agent(config) => tls::carrier_accept(config.clone(), leg).await,
-        };
+    async fn shake(&self, leg: Leg, ticket: &RelayTicket) -> Result<Shaken, Outcome> {
+        let (kind, (local, remote), heard) = (leg.kind(), leg.addresses(), leg.heard());
+        let connection = self.handshake(leg, &ticket.relay).await;
         let connection = connection.map_err(|error| match RelayRefused::of(&error) {
             Some(RelayRefused::Known(
                 adit_protocol::leg::Status::NoPeer | adit_protocol::leg::Status::Busy,
@@ -308,11 +375,49 @@ impl Dialler {
             | None => Outcome::Failed(error.to_string()),
             Some(refused) => Outcome::Spent(refused.to_string(), ticket.ticket.clone()),
         })?;
-        if !super::is_called(connection.get_ref().1.peer_certificates(), self.called.as_deref()) {
+        let certificates = connection.get_ref().1.peer_certificates();
+        if !self.is_peer(certificates) || !super::is_called(certificates, self.called.as_deref()) {
             self.tunnel.close(super::OTHER_DEVICE);
             return Err(Outcome::Failed(super::OTHER_DEVICE.to_owned()));
         }
-        Ok(connection)
+        Ok(Shaken { connection, kind, local, remote, heard })
+    }
+
+    async fn handshake(&self, mut leg: Leg, relay: &[u8]) -> io::Result<CarrierStream<Spliced<Leg>>> {
+        match self.config.as_ref().map_err(|error| io::Error::other(error.clone()))? {
+            Config::Technician(config) => {
+                let mut opening = self.take_opening(relay);
+                let flight = match &mut opening {
+                    Some(opening) => opening.flight().await,
+                    None => None,
+                };
+                match opening.zip(flight) {
+                    Some((opening, flight)) => opening.finish(flight, leg).await,
+                    None => tls::carrier_connect(config.clone(), leg.into()).await,
+                }
+            }
+            Config::Agent(config) => {
+                let first = leg.read_u8().await?;
+                let ahead = Bytes::copy_from_slice(&[first]);
+                if early::is_beginning(first) {
+                    // Whatever was begun before: the technician knows nothing of it, or it was on a leg that is gone.
+                    return tls::carrier_accept(config.clone(), Spliced::after(ahead, leg)).await;
+                }
+                let lost = || io::Error::other("the technician goes on with a handshake that has ended here");
+                self.take_opening(relay).ok_or_else(lost)?.finish(ahead, leg).await
+            }
+        }
+    }
+
+    fn take_opening(&self, relay: &[u8]) -> Option<Opening> {
+        let mut opening = self.opening.lock().unwrap_or_else(PoisonError::into_inner);
+        opening.take_if(|_| relay == self.first_relay)
+    }
+
+    /// Whether this is the device that was granted: a handshake may have begun before it was known.
+    fn is_peer(&self, certificates: Option<&[CertificateDer<'_>]>) -> bool {
+        let peer = certificates.and_then(|chain| chain.first()).map(|leaf| Peer::from_certificate(leaf));
+        peer.is_some_and(|peer| peer.is_ok_and(|peer| peer.device_id == self.peer))
     }
 
     /// Kept for whoever waits for this session.
@@ -320,5 +425,12 @@ impl Dialler {
         let remedy = error.remedy().map_or(String::new(), |remedy| format!("; {remedy}"));
         self.tunnel.note_trouble(format!("{error}{remedy}"));
         Outcome::Failed(error.to_string())
+    }
+}
+
+fn other_way(kind: CarrierKind) -> CarrierKind {
+    match kind {
+        CarrierKind::RelayHttps => CarrierKind::Relay,
+        _ => CarrierKind::RelayHttps,
     }
 }

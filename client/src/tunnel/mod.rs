@@ -367,14 +367,16 @@ impl Tunnel {
     }
 
     fn detach(&self, id: CarrierId, reason: &str) {
-        let known = self.with(|state, now| {
-            state.session.detach(now, id);
-            state.carriers.remove(&id)
-        });
-        if let Some(carrier) = known {
-            let reason = carrier.given_up.unwrap_or_else(|| reason.to_owned());
-            let _ = self.0.notices.try_send(Notice::CarrierLost { kind: carrier.kind, reason });
+        let known = self.lock().carriers.get(&id).map(|carrier| (carrier.kind, carrier.given_up.clone()));
+        // Before what comes of it: the next carrier.
+        if let Some((kind, given_up)) = known {
+            let reason = given_up.unwrap_or_else(|| reason.to_owned());
+            let _ = self.0.notices.try_send(Notice::CarrierLost { kind, reason });
         }
+        self.with(|state, now| {
+            state.session.detach(now, id);
+            state.carriers.remove(&id);
+        });
     }
 }
 

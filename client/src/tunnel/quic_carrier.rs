@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::future::poll_fn;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::Poll;
 
 use adit_tunnel::session::{CarrierId, CarrierKind, Lane, PeerMisbehaved, StreamId, Transmit};
@@ -17,20 +17,27 @@ use tokio::task::JoinSet;
 
 use super::Tunnel;
 use crate::allow::canonical;
+use crate::direct::loss;
 
 /// Chunks taken from a QUIC stream at once.
 const CHUNKS: usize = 32;
 /// Control frames overtake data.
 const CONTROL_PRIORITY: i32 = 1;
 
-/// Runs a carrier until its connection ends or the session gives it up. Returns why it ended.
-pub async fn run(tunnel: Tunnel, connection: Connection, local: Option<SocketAddr>) -> String {
+/// Runs a carrier until its connection ends or the session gives it up. Returns why it ended: what `closed` says, if whoever
+/// closed the connection has written it down there.
+pub async fn run(
+    tunnel: Tunnel,
+    connection: Connection,
+    local: Option<SocketAddr>,
+    closed: &OnceLock<String>,
+) -> String {
     let id = tunnel.attach(CarrierKind::Quic, local, Some(canonical(connection.remote_address())));
     let carrier = Carrier { tunnel: tunnel.clone(), id, connection: connection.clone() };
     let guard = Detach { tunnel: &tunnel, id, connection: &connection };
     let reason = match carrier.run().await {
         Ok(reason) => reason,
-        Err(error) => error.to_string(),
+        Err(error) => closed.get().cloned().unwrap_or_else(|| error.for_people()),
     };
     std::mem::forget(guard);
     connection.close(VarInt::from_u32(0), b"");
@@ -64,6 +71,18 @@ enum Broken {
     Peer(#[from] PeerMisbehaved),
     #[error("closed by the other side")]
     ControlEnded,
+}
+
+impl Broken {
+    fn for_people(&self) -> String {
+        let lost = match self {
+            Self::Connection(ConnectionError::ApplicationClosed(close)) => {
+                loss::lost_percent(close.error_code)
+            }
+            _ => None,
+        };
+        lost.map_or_else(|| self.to_string(), loss::reason)
+    }
 }
 
 #[derive(Clone)]

@@ -4,7 +4,9 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use adit_protocol::control::{Answer, Candidates, Closed, Down, LiveSession, Tickets, Tier};
+use adit_protocol::control::{
+    Answer, Answered, Candidates, Closed, Down, LiveSession, MAX_FLIGHT, Tickets, Tier,
+};
 use adit_protocol::{DeviceId, Role, SessionId};
 use tracing::{info, warn};
 
@@ -25,7 +27,15 @@ impl Broker {
     /// An agent takes the session offered, or does not.
     pub async fn answer(&self, device: &Device, answer: Answer) {
         let Ok(id) = SessionId::try_from(answer.session.as_slice()) else { return };
-        if answer.accepted || device.role != Role::Agent {
+        if device.role != Role::Agent {
+            return;
+        }
+        if answer.accepted {
+            let answered = self.sessions().answered(id, device);
+            if let Some((request, technician)) = answered {
+                let flight = Some(answer.flight).filter(|flight| flight.len() <= MAX_FLIGHT);
+                technician.send(Down::Answered(Answered { request, flight: flight.unwrap_or_default() }));
+            }
             return;
         }
         let Some(session) = self.sessions().remove(id, device) else { return };

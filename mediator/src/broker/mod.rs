@@ -20,7 +20,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use adit_client::identity::revocation::Revoked;
 use adit_protocol::control::{
-    AgentInfo, Closed, Down, Grant, IceCredentials, Open, Reached, Refused, RefusedCode, Served,
+    AgentInfo, Closed, Down, Grant, IceCredentials, MAX_FLIGHT, Open, Reached, Refused, RefusedCode, Served,
 };
 use adit_protocol::{DeviceId, Role, SessionId, Wanted};
 use tokio::sync::oneshot;
@@ -79,6 +79,7 @@ pub struct Broker {
     pub audit: Audit,
     sessions: Mutex<Sessions>,
     probes: Mutex<Probes>,
+    tests: Mutex<HashMap<DeviceId, Arc<probe::Test>>>,
     orders: Mutex<Orders>,
     /// The redirector in this process.
     redirector: OnceLock<Channel>,
@@ -115,6 +116,7 @@ impl Broker {
             audit,
             sessions: Mutex::default(),
             probes: Mutex::default(),
+            tests: Mutex::default(),
             orders: Mutex::default(),
             redirector: OnceLock::new(),
             redirectors: RwLock::default(),
@@ -142,7 +144,10 @@ impl Broker {
     }
 
     /// Grants a session, or says why not. Grant and offer are on their way when it returns.
-    pub async fn open(&self, channel: &Channel, open: Open) {
+    pub async fn open(&self, channel: &Channel, mut open: Open) {
+        if open.flight.len() > MAX_FLIGHT {
+            open.flight.clear();
+        }
         if let Err(denied) = self.try_open(channel, &open).await {
             info!(technician = %channel.device.id, code = ?denied.code, "session refused");
             let from = channel.from.to_string();
@@ -197,7 +202,8 @@ impl Broker {
             seen: [None; 2],
         };
         let id = SessionId(rand::random());
-        let session = Session::new(id, end(channel), end(&agent_channel), Instant::now());
+        let mut session = Session::new(id, end(channel), end(&agent_channel), Instant::now());
+        session.request = (!open.flight.is_empty()).then_some(open.request);
         if !self.sessions().insert(session.clone()) {
             let message = "too many sessions: close some first";
             return Err(Denied::new(RefusedCode::Unavailable, message.into()));
@@ -227,7 +233,7 @@ impl Broker {
         if self.sessions().get(id).is_none() {
             return Err(offline(agent));
         }
-        let (to_technician, to_agent) = self.grants(&session, &relays, open.request, &open.via, targets);
+        let (to_technician, to_agent) = self.grants(&session, &relays, open);
         self.sessions().ticketed(id, epochs(&relays), Instant::now());
         if !agent_channel.send(Down::Offer(to_agent)) {
             self.sessions().remove(id, &channel.device);
@@ -274,19 +280,17 @@ impl Broker {
         self.directory.get(device.id).ok_or_else(gone)
     }
 
-    fn grants(
-        &self,
-        session: &Session,
-        relays: &[Relay],
-        request: u64,
-        via: &str,
-        targets: &[String],
-    ) -> (Grant, Grant) {
+    fn grants(&self, session: &Session, relays: &[Relay], open: &Open) -> (Grant, Grant) {
         let pairing = self.pairing(session);
+        // Of no use to who wants the relay only.
+        let comes_from = |end: &End| {
+            let channel = end.channel.as_ref().filter(|_| open.via != "relay");
+            channel.map_or(String::new(), |channel| channel.from.ip().to_canonical().to_string())
+        };
         let grant = |role: Role| {
             let peer = session.other(role);
             Grant {
-                request: if role == Role::Technician { request } else { 0 },
+                request: if role == Role::Technician { open.request } else { 0 },
                 session: session.id.0.to_vec(),
                 peer: peer.device.id.0.to_vec(),
                 peer_name: peer.device.name.clone(),
@@ -295,8 +299,11 @@ impl Broker {
                 remote_ice: peer.ice.clone(),
                 relays: pairing.tickets(role, relays, &self.ticket_key),
                 expires: 0,
-                targets: if role == Role::Agent { targets.to_vec() } else { vec![] },
-                via: via.to_owned(),
+                targets: if role == Role::Agent { open.targets.clone() } else { vec![] },
+                via: open.via.clone(),
+                flight: if role == Role::Agent { open.flight.clone() } else { vec![] },
+                flight_passed: role == Role::Technician && !open.flight.is_empty(),
+                peer_comes_from: comes_from(peer),
             }
         };
         (grant(Role::Technician), grant(Role::Agent))

@@ -307,6 +307,9 @@ impl Broker {
             expires: 0,
             targets: if role == Role::Agent { vec![order.target.clone()] } else { vec![] },
             via: "redirector".to_owned(),
+            flight: vec![],
+            flight_passed: false,
+            peer_comes_from: String::new(),
         };
         let through =
             format!("{} through the redirector {}", session.technician.device.name, server.device.name);

@@ -1,11 +1,10 @@
 //! `adit-mediator doctor`.
 
-use adit_client::events::{print_line, printable};
+use adit_client::doctor;
 use clap::Args;
-use serde_json::json;
 
 use super::Data;
-use crate::doctor::{Finding, Level, examine};
+use crate::doctor::examine;
 use crate::error::Error;
 
 /// Arguments of `doctor`.
@@ -28,24 +27,7 @@ impl Doctor {
     /// [`Error::Faults`] when something does not work.
     pub(super) async fn run(self) -> Result<(), Error> {
         let findings = examine(self.data.owned()?, self.from.as_deref()).await?;
-        for Finding { level, text, remedy } in &findings {
-            let name = match level {
-                Level::Fine => "ok",
-                Level::Note => "note",
-                Level::Fault => "FAULT",
-            };
-            if self.json {
-                print_line(
-                    &json!({"level": name.to_lowercase(), "text": text, "remedy": remedy}).to_string(),
-                );
-                continue;
-            }
-            print_line(&format!("{name:5} {}", printable(text, 400)));
-            if let Some(remedy) = remedy {
-                print_line(&format!("      {}", printable(remedy, 400)));
-            }
-        }
-        match findings.iter().filter(|finding| finding.level == Level::Fault).count() {
+        match doctor::print(&findings, self.json) {
             0 => Ok(()),
             faults => Err(Error::Faults(faults)),
         }

@@ -241,7 +241,7 @@ async fn serve(arguments: &Run) -> Result<(), Error> {
     if let (Some(cert), Some(key)) = (arguments.cert.clone(), arguments.key.clone()) {
         organisation.config.https = Https { cert: Some(cert), key: Some(key) };
     }
-    adit_relay::listen::raise_descriptor_limit();
+    adit_client::raise_descriptor_limit();
     let mediator = Mediator::bind(organisation, arguments.relay == Switch::On).await?;
     mediator.run(stop).await
 }

@@ -1,5 +1,4 @@
 //! A mediator on loopback with throwaway keys, and devices that talk to it.
-#![allow(dead_code, reason = "each test file uses its own part")]
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -149,7 +148,13 @@ pub(crate) async fn open(
 ) -> (Grant, Grant) {
     let targets = vec!["127.0.0.1:3389".to_owned()];
     technician
-        .send(Up::Open(Open { request: 7, agent: name.to_owned(), targets, via: "auto".into() }))
+        .send(Up::Open(Open {
+            request: 7,
+            agent: name.to_owned(),
+            targets,
+            via: "auto".into(),
+            flight: vec![],
+        }))
         .await
         .expect("sends");
     let Down::Offer(offer) = recv(agent).await else { panic!("no offer") };

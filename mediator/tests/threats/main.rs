@@ -172,7 +172,7 @@ fn row_07_guessing_tokens() {
 #[test]
 fn row_08_silent_connections() {
     let _alone = alone();
-    adit_relay::listen::raise_descriptor_limit();
+    adit_client::raise_descriptor_limit();
     let program = Program::start(None);
     let started = program.resident() / 1024;
     let start = Instant::now();

@@ -233,7 +233,10 @@ impl Redirector {
             control: self.control.clone(),
             direct: None,
             stun: StunServers::default(),
+            many_socket_probing: false,
+            port_mapping: false,
             downs: tickets,
+            opening: None,
         });
         let closer = tunnel.clone();
         // Ends with the session, which is taken out of the table then.

@@ -1,5 +1,4 @@
 //! A relay on loopback, a mediator's key, and the two ends of a session.
-#![allow(dead_code, unreachable_pub)]
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -16,43 +15,43 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-pub const RELAY: DeviceId = DeviceId([9; 16]);
-pub const EPOCH: u64 = 77;
+pub(crate) const RELAY: DeviceId = DeviceId([9; 16]);
+pub(crate) const EPOCH: u64 = 77;
 const MEDIATOR: u8 = 1;
 const AGENT: u8 = 2;
 const TECHNICIAN: u8 = 3;
 
-pub struct Server {
-    pub relay: Arc<Relay>,
-    pub address: SocketAddr,
+pub(crate) struct Server {
+    pub(crate) relay: Arc<Relay>,
+    pub(crate) address: SocketAddr,
     stop: Option<oneshot::Sender<()>>,
     task: JoinHandle<()>,
 }
 
 /// Without penalties for what comes from 127.0.0.1.
-pub fn config() -> Config {
+pub(crate) fn config() -> Config {
     let limits = Limits { exempt: vec![Ipv4Addr::LOCALHOST.into()], ..Limits::default() };
     Config { epoch: EPOCH, limits, ..Config::new(RELAY) }
 }
 
 /// One of many source addresses of this machine, none of them 127.0.0.1.
-pub fn source(number: u32) -> Ipv4Addr {
+pub(crate) fn source(number: u32) -> Ipv4Addr {
     Ipv4Addr::from_bits(0x7f01_0000 + number)
 }
 
 /// A connection to `server` from `source`; `None` when it was closed at once.
-pub async fn connect_from(source: Ipv4Addr, server: SocketAddr) -> Option<TcpStream> {
+pub(crate) async fn connect_from(source: Ipv4Addr, server: SocketAddr) -> Option<TcpStream> {
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind((source, 0).into()).unwrap();
     socket.connect(server).await.ok()
 }
 
 impl Server {
-    pub async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         Self::with(config()).await
     }
 
-    pub async fn with(config: Config) -> Self {
+    pub(crate) async fn with(config: Config) -> Self {
         let relay = Relay::new(config);
         relay.set_ticket_key(public(MEDIATOR));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -64,19 +63,19 @@ impl Server {
         Self { relay, address, stop: Some(stop), task }
     }
 
-    pub async fn stop(mut self) {
+    pub(crate) async fn stop(mut self) {
         self.stop.take().unwrap().send(()).unwrap();
         self.task.await.unwrap();
     }
 
-    pub async fn connect(&self) -> TcpStream {
+    pub(crate) async fn connect(&self) -> TcpStream {
         let stream = TcpStream::connect(self.address).await.unwrap();
         stream.set_nodelay(true).unwrap();
         stream
     }
 
     /// A connection that has sent the leg of `ticket`, and `behind` right after it in the same write.
-    pub async fn leg(&self, ticket: &Ticket, behind: &[u8]) -> TcpStream {
+    pub(crate) async fn leg(&self, ticket: &Ticket, behind: &[u8]) -> TcpStream {
         let mut stream = self.connect().await;
         let mut bytes = preamble(ticket);
         bytes.extend_from_slice(behind);
@@ -85,7 +84,7 @@ impl Server {
     }
 
     /// Two legs that are paired: technician and agent.
-    pub async fn pair(&self, serial: u64) -> (TcpStream, TcpStream) {
+    pub(crate) async fn pair(&self, serial: u64) -> (TcpStream, TcpStream) {
         let mut technician = self.leg(&ticket(Role::Technician, serial), b"").await;
         let mut agent = self.leg(&ticket(Role::Agent, serial), b"").await;
         assert_eq!(status(&mut technician).await, Status::Paired);
@@ -94,7 +93,7 @@ impl Server {
     }
 
     /// Waits until `reached`; the relay's tasks report nothing to the outside but their metrics.
-    pub async fn until(&self, reached: impl Fn(&Relay) -> bool) {
+    pub(crate) async fn until(&self, reached: impl Fn(&Relay) -> bool) {
         let waiting = async {
             while !reached(&self.relay) {
                 tokio::task::yield_now().await;
@@ -104,22 +103,22 @@ impl Server {
     }
 }
 
-pub async fn within<T>(future: impl Future<Output = T>) -> T {
+pub(crate) async fn within<T>(future: impl Future<Output = T>) -> T {
     tokio::time::timeout(Duration::from_secs(30), future).await.expect("in time")
 }
 
-pub async fn status(stream: &mut TcpStream) -> Status {
+pub(crate) async fn status(stream: &mut TcpStream) -> Status {
     within(stream.read_u8()).await.expect("a status byte").try_into().unwrap()
 }
 
 /// What comes until the end; a reset is an end too.
-pub async fn rest(stream: &mut TcpStream) -> Vec<u8> {
+pub(crate) async fn rest(stream: &mut TcpStream) -> Vec<u8> {
     let mut bytes = Vec::new();
     let _ = within(stream.read_to_end(&mut bytes)).await;
     bytes
 }
 
-pub fn ticket(leg: Role, serial: u64) -> Ticket {
+pub(crate) fn ticket(leg: Role, serial: u64) -> Ticket {
     let (holder, peer) = match leg {
         Role::Agent => (public(AGENT), public(TECHNICIAN)),
         _ => (public(TECHNICIAN), public(AGENT)),
@@ -139,17 +138,17 @@ pub fn ticket(leg: Role, serial: u64) -> Ticket {
 }
 
 /// The preamble that the ticket's rightful holder sends.
-pub fn preamble(ticket: &Ticket) -> Vec<u8> {
+pub(crate) fn preamble(ticket: &Ticket) -> Vec<u8> {
     preamble_by(ticket, MEDIATOR, if ticket.leg == Role::Agent { AGENT } else { TECHNICIAN })
 }
 
 /// The same with a ticket signed by the key of seed `mediator`, and a leg by that of seed `holder`.
-pub fn preamble_by(ticket: &Ticket, mediator: u8, holder: u8) -> Vec<u8> {
+pub(crate) fn preamble_by(ticket: &Ticket, mediator: u8, holder: u8) -> Vec<u8> {
     leg::encode(&signed_by(ticket, mediator), ticket, |message| sign(holder, message))
 }
 
 /// The ticket's text, signed by the mediator.
-pub fn signed_ticket(ticket: &Ticket) -> String {
+pub(crate) fn signed_ticket(ticket: &Ticket) -> String {
     signed_by(ticket, MEDIATOR)
 }
 
@@ -160,21 +159,21 @@ fn signed_by(ticket: &Ticket, mediator: u8) -> String {
 }
 
 /// A signature by the key of `seed`.
-pub fn sign(seed: u8, message: &[u8]) -> [u8; 64] {
+pub(crate) fn sign(seed: u8, message: &[u8]) -> [u8; 64] {
     pair(seed).sign(message).as_ref().try_into().unwrap()
 }
 
 /// The public key that signs the tickets.
-pub fn mediator_key() -> [u8; 32] {
+pub(crate) fn mediator_key() -> [u8; 32] {
     public(MEDIATOR)
 }
 
-pub fn unix_now() -> u64 {
+pub(crate) fn unix_now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
 }
 
 /// Bytes that differ everywhere, the same for the same seed.
-pub fn noise(mut seed: u64, length: usize) -> Vec<u8> {
+pub(crate) fn noise(mut seed: u64, length: usize) -> Vec<u8> {
     seed |= 1;
     let mut bytes = Vec::with_capacity(length + 8);
     while bytes.len() < length {
@@ -188,7 +187,11 @@ pub fn noise(mut seed: u64, length: usize) -> Vec<u8> {
 }
 
 /// Sends `count` blocks made from `block`, each numbered; returns the hash of it all.
-pub async fn send_blocks(stream: &mut (impl AsyncWrite + Unpin), mut block: Vec<u8>, count: u64) -> Vec<u8> {
+pub(crate) async fn send_blocks(
+    stream: &mut (impl AsyncWrite + Unpin),
+    mut block: Vec<u8>,
+    count: u64,
+) -> Vec<u8> {
     let mut hash = Context::new(&SHA256);
     for number in 0..count {
         block[..8].copy_from_slice(&number.to_be_bytes());
@@ -200,7 +203,7 @@ pub async fn send_blocks(stream: &mut (impl AsyncWrite + Unpin), mut block: Vec<
 }
 
 /// Receives until the end of file; returns length and hash.
-pub async fn receive(stream: &mut (impl AsyncRead + Unpin)) -> (u64, Vec<u8>) {
+pub(crate) async fn receive(stream: &mut (impl AsyncRead + Unpin)) -> (u64, Vec<u8>) {
     let mut hash = Context::new(&SHA256);
     let mut buffer = vec![0; 256 * 1024];
     let mut total = 0;
@@ -219,6 +222,6 @@ fn pair(seed: u8) -> Ed25519KeyPair {
 }
 
 /// The public key of `seed`.
-pub fn public(seed: u8) -> [u8; 32] {
+pub(crate) fn public(seed: u8) -> [u8; 32] {
     pair(seed).public_key().as_ref().try_into().unwrap()
 }

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
-use adit_tunnel::path::{Config, Credentials, Event, FULL_SIZE, IceRole, PathAgent};
+use adit_tunnel::path::{Config, Credentials, Event, FULL_SIZE, IceRole, LocalSocket, PathAgent};
 
 pub(crate) const ADDRESSES: [&str; 2] = ["192.0.2.2:40000", "192.0.2.1:40000"];
 
@@ -28,10 +28,13 @@ pub(crate) fn end(role: IceRole, now: Instant) -> PathAgent {
             local: credentials(role),
             remote: credentials(other),
             stun_servers: vec!["203.0.113.1:8002".parse().expect("an address")],
+            many_socket_probing: true,
             seed: [role as u8; 32],
         },
     );
     agent.set_host_addresses(now, &[address(role)]);
+    agent.set_mapped_addresses(now, &["198.51.100.9:9000".parse().expect("an address")]);
+    agent.set_listening(now, &[address(role)]);
     agent
 }
 
@@ -54,8 +57,15 @@ pub fn path(bytes: &[u8]) -> bool {
         let (datagram, following) = following.split_at(usize::from(*length).min(following.len()));
         rest = following;
         match what % 6 {
-            0 => taken |= agent.handle_datagram(now, address(other), datagram),
-            1 => taken |= agent.handle_datagram(now, ([198, 51, 100, *length], 9).into(), datagram),
+            0 => taken |= agent.handle_datagram(now, LocalSocket::DEVICE, address(other), datagram),
+            1 => {
+                taken |= agent.handle_datagram(
+                    now,
+                    LocalSocket::DEVICE,
+                    ([198, 51, 100, *length], 9).into(),
+                    datagram,
+                )
+            }
             2 => taken |= agent.handle_message(now, datagram).is_ok(),
             3 => now += Duration::from_millis(u64::from(*length) * 20),
             4 => agent.add_peer_seen(now, address(other)),
@@ -71,7 +81,7 @@ pub fn path(bytes: &[u8]) -> bool {
                 }
                 while let Some(mut sent) = twin.poll_transmit() {
                     sent.payload.iter_mut().zip(datagram).for_each(|(byte, change)| *byte ^= change);
-                    taken |= agent.handle_datagram(now, address(other), &sent.payload);
+                    taken |= agent.handle_datagram(now, LocalSocket::DEVICE, address(other), &sent.payload);
                 }
             }
         }
@@ -83,7 +93,7 @@ pub fn path(bytes: &[u8]) -> bool {
             sent += 1;
             assert!(transmit.payload.len() <= FULL_SIZE);
             if transmit.destination == address(other) {
-                twin.handle_datagram(now, address(role), &transmit.payload);
+                twin.handle_datagram(now, LocalSocket::DEVICE, address(role), &transmit.payload);
             }
         }
         assert!(sent <= 256);

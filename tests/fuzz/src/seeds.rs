@@ -5,9 +5,10 @@ use std::time::Instant;
 use adit_client::identity::certificate::{Subject, request};
 use adit_protocol::api::ApiToken;
 use adit_protocol::control::{
-    AgentInfo, Agents, Answer, Candidates, Closed, Down, Grant, Hello, IceCredentials, List, LiveSession,
-    Open, Probe, Probed, Reached, Redirect, Redirected, Refused, RelayTicket, RelayUp, Renew, Revocations,
-    Serve, Served, Tickets, Tier, ToDevice, ToMediator, Up, Update, Web, Welcome,
+    AgentInfo, Agents, Answer, Answered, Candidates, Closed, Down, Examine, Examined, Grant, Hello,
+    IceCredentials, List, LiveSession, Open, Probe, Probed, Reached, Redirect, Redirected, Refused,
+    RelayTicket, RelayUp, Renew, Revocations, Serve, Served, Tickets, Tier, ToDevice, ToMediator, Up, Update,
+    Web, Welcome,
 };
 use adit_protocol::enrol::{Granted, Outcome, Request, Response};
 use adit_protocol::frame::{self, Frame, Position};
@@ -276,6 +277,9 @@ pub(super) fn control() -> Vec<Vec<u8>> {
         expires: NOW + 60,
         targets: vec!["[::1]:22".into()],
         via: "auto".into(),
+        flight: vec![22; 3],
+        flight_passed: true,
+        peer_comes_from: "198.51.100.7".into(),
     };
     let desk = AgentInfo {
         device: id(),
@@ -301,21 +305,25 @@ pub(super) fn control() -> Vec<Vec<u8>> {
             sessions: vec![LiveSession { session: id(), peer: id() }],
             instance: 9,
             revocations: NOW,
+            visits: true,
         }),
         Up::List(List { request: 1 }),
+        Up::Examine(Examine { request: 2, agent: "desk".into() }),
         Up::Open(Open {
             request: 7,
             agent: "desk".into(),
             targets: vec!["[::1]:22".into()],
             via: "auto".into(),
+            flight: vec![22; 3],
         }),
-        Up::Answer(Answer { session: id(), accepted: false, reason: "no".into() }),
+        Up::Answer(Answer { session: id(), accepted: false, reason: "no".into(), flight: vec![] }),
+        Up::Answer(Answer { session: id(), accepted: true, flight: vec![22; 3], ..Default::default() }),
         Up::Candidates(Candidates { session: id(), candidates: vec![1, 2], seen: String::new() }),
         Up::Closed(Closed { session: id(), reason: "done".into(), ..Default::default() }),
         Up::Renew(Renew { session: id() }),
         Up::RelayUp(RelayUp { epoch: 3, addresses: vec!["192.0.2.1:8002".into()], ..Default::default() }),
         Up::Tier(Tier { session: id(), tier: "direct".into(), ..Default::default() }),
-        Up::Probed(Probed { request: 3, results: vec![reached] }),
+        Up::Probed(Probed { request: 3, results: vec![reached.clone()] }),
         Up::Redirect(Redirect {
             request: 4,
             agent: "desk".into(),
@@ -336,12 +344,19 @@ pub(super) fn control() -> Vec<Vec<u8>> {
         }),
     ];
     let down = [
-        Down::Welcome(Welcome { protocol_version: 1, name: "desk".into(), ..Default::default() }),
+        Down::Welcome(Welcome {
+            protocol_version: 1,
+            name: "desk".into(),
+            no_port_mapping: true,
+            ..Default::default()
+        }),
+        Down::Examined(Examined { request: 2, results: vec![reached.clone()] }),
         Down::Refused(Refused { request: 7, code: 1, message: "no".into() }),
         Down::Update(Update { certificate: device(Role::Agent), servers: vec!["a.example:443".into()] }),
         Down::Revocations(Revocations { list: vec![1; 40] }),
         Down::Agents(Agents { request: 1, agents: vec![desk] }),
         Down::Granted(grant.clone()),
+        Down::Answered(Answered { request: 7, flight: vec![22; 3] }),
         Down::Offer(grant.clone()),
         Down::Serve(Serve {
             request: 4,
@@ -365,7 +380,14 @@ pub(super) fn control() -> Vec<Vec<u8>> {
         Down::Candidates(Candidates { session: id(), candidates: vec![], seen: "192.0.2.9:40000".into() }),
         Down::Closed(Closed { session: id(), reason: "revoked".into(), ..Default::default() }),
         Down::Tickets(Tickets { session: id(), relays: relays() }),
-        Down::Probe(Probe { request: 3, https: address(), relay: address(), stun: address() }),
+        Down::Probe(Probe {
+            request: 3,
+            https: address(),
+            relay: address(),
+            stun: address(),
+            vantage: address(),
+            port_mapping: true,
+        }),
     ];
     let up = up.into_iter().map(|message| ToMediator { message: Some(message) }.encode_to_vec());
     let down = down.into_iter().map(|message| ToDevice { message: Some(message) }.encode_to_vec());

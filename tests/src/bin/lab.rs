@@ -5,9 +5,10 @@ use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use adit_tests::harness;
-use adit_tests::lab::{Host, Lab, Link, NatKind, Rate, Topology};
+use adit_tests::lab::{Host, Lab, Link, NatKind, Neighbours, Rate, Topology};
+use adit_tests::matrix::{KINDS, Matrix, behind_one_router, one_router_table, tables};
 use adit_tests::process::Process;
-use adit_tests::world::{AGENT, Setup, World, binary};
+use adit_tests::world::{self, AGENT, Setup, World, binary};
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 
@@ -37,16 +38,35 @@ enum Do {
         /// The host.
         host: String,
     },
+    /// Run every kind of network against every other, and both ends behind one router; print tier and times as Markdown.
+    Matrix {
+        /// Sessions of each cell.
+        #[arg(long, default_value_t = 1)]
+        rounds: usize,
+        /// Sessions at once. More than one make the times longer than they are.
+        #[arg(long, default_value_t = 2)]
+        jobs: usize,
+        /// Only these kinds, for example cone,symmetric.
+        #[arg(long, value_delimiter = ',', default_values_t = KINDS)]
+        kinds: Vec<NatKind>,
+        /// Show what all programs say when it is over, with this ADIT_LOG, for example adit_tunnel=debug.
+        #[arg(long)]
+        log: Option<String>,
+    },
 }
 
 #[derive(Args)]
 struct Up {
-    /// NAT of the agent's site: none, cone, symmetric, udp-blocked.
+    /// NAT of the agent's site: none, firewall, full-cone, address-restricted, cone, rejecting, symmetric, sequential,
+    /// cgnat-cone, cgnat-symmetric, udp-blocked, https-only, dual-stack, ipv6-only, pcp, nat-pmp, upnp.
     #[arg(long, default_value = "cone")]
     agent: NatKind,
     /// NAT of the technician's site.
     #[arg(long, default_value = "cone")]
     technician: NatKind,
+    /// Both behind the agent's router: on one network, or on isolated segments (the router hairpins: with full-cone).
+    #[arg(long, value_enum)]
+    one_router: Option<Neighbours>,
     /// Relays beside the one in the mediator.
     #[arg(long, default_value_t = 0)]
     relays: usize,
@@ -84,6 +104,9 @@ fn main() -> ExitCode {
             harness::enter().and_then(|()| harness::runtime()?.block_on(up_and_wait(&up, entries)))
         }
         Do::Shell { host } => shell(&host),
+        Do::Matrix { rounds, jobs, kinds, log } => {
+            harness::enter().and_then(|()| harness::runtime()?.block_on(matrix(rounds, jobs, &kinds, log)))
+        }
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -95,6 +118,23 @@ fn main() -> ExitCode {
     }
 }
 
+async fn matrix(rounds: usize, jobs: usize, kinds: &[NatKind], log: Option<String>) -> anyhow::Result<()> {
+    let shown = log.is_some();
+    if let Some(filter) = log {
+        world::log(filter.leak());
+    }
+    let matrix = Matrix::up(kinds).await?;
+    let (cells, wrong) = matrix.measure(jobs, |_, _| rounds).await;
+    wrong.iter().for_each(|wrong| eprintln!("lab: {wrong}"));
+    print!("{}", tables(matrix.kinds(), &cells));
+    drop(matrix);
+    print!("{}", one_router_table(&behind_one_router(rounds).await?));
+    if shown {
+        adit_tests::process::print_outputs();
+    }
+    Ok(())
+}
+
 async fn up_and_wait(up: &Up, entries: PathBuf) -> anyhow::Result<()> {
     let link = Link {
         delay: up.delay,
@@ -104,7 +144,11 @@ async fn up_and_wait(up: &Up, entries: PathBuf) -> anyhow::Result<()> {
         duplicate: up.duplicate,
         seed: up.seed,
     };
-    let topology = Topology::new(up.agent, up.technician).relays(up.relays).link(link);
+    let topology = match up.one_router {
+        Some(neighbours) => Topology::behind_one_router(up.agent, neighbours),
+        None => Topology::new(up.agent, up.technician),
+    };
+    let topology = topology.relays(up.relays).link(link);
     if up.networks_only {
         let lab = Lab::up(&topology).await?;
         return wait_in_shell(&lab, &up.shell, entries, "");

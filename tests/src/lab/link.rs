@@ -18,6 +18,11 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use super::shaper::{Fate, Link, Shaper};
 
+/// Rules of a router on which a line runs: what the kernel would forward itself.
+pub(super) const NOTHING_ELSE: &str = "table ip adit_line {
+         chain forward { type filter hook forward priority filter; policy drop; }
+     }";
+
 /// What a line has done so far.
 #[derive(Debug, Default)]
 pub struct LinkStats {

@@ -16,7 +16,9 @@ mod conntrack;
 mod link;
 mod namespace;
 mod nat;
+mod port_mapper;
 mod reflect;
+mod segments;
 mod shaper;
 mod site;
 
@@ -29,11 +31,23 @@ use patchbay::IpSupport;
 
 use crate::process::Process;
 pub use link::LinkStats;
+use link::RunningLink;
 use namespace::Namespace;
 pub use nat::NatKind;
 pub use reflect::{Reflector, UdpProbe};
 pub use shaper::{Link, Rate};
 pub use site::{Site, Traffic};
+
+/// Two devices behind one router.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Neighbours {
+    /// On the same network.
+    Reachable,
+    /// On segments that are isolated from each other; the router takes what they send to its outer address.
+    Hairpin,
+    /// The same, and the router does not.
+    Isolated,
+}
 
 /// What to build.
 #[derive(Debug, Clone)]
@@ -46,6 +60,8 @@ pub struct Topology {
     pub relays: usize,
     /// Whether there is a host with a public address that is none of ours.
     pub stranger: bool,
+    /// Whether the technician is on the agent's network, behind the agent's router, and how the two reach each other.
+    pub one_router: Option<Neighbours>,
     /// Each site's line, once everything is up.
     pub link: Link,
 }
@@ -53,7 +69,13 @@ pub struct Topology {
 impl Topology {
     /// An agent and a technician behind these NATs, one server, lines without delay or limit.
     pub fn new(agent: NatKind, technician: NatKind) -> Self {
-        Self { agent, technician, relays: 0, stranger: false, link: Link::default() }
+        Self { agent, technician, relays: 0, stranger: false, one_router: None, link: Link::default() }
+    }
+
+    /// An agent and a technician behind the router with this NAT, which for [`Neighbours::Hairpin`] is
+    /// [`NatKind::FullCone`].
+    pub fn behind_one_router(nat: NatKind, neighbours: Neighbours) -> Self {
+        Self { one_router: Some(neighbours), ..Self::new(nat, nat) }
     }
 
     /// With so many hosts for relays beside the server.
@@ -81,6 +103,33 @@ impl Topology {
     }
 }
 
+/// A server, a relay, and any number of sites, all of which reach each other only through their routers.
+pub struct Sites {
+    /// Where the mediator is.
+    pub server: Host,
+    /// Where a relay is.
+    pub relay: Host,
+    /// In the order asked for.
+    pub sites: Vec<Site>,
+    _namespaces: patchbay::Lab,
+}
+
+impl Sites {
+    /// Builds a site behind each of these NATs, with that name. See [`Lab::up`].
+    pub async fn up(names: &[(String, NatKind)]) -> anyhow::Result<Self> {
+        let lab = patchbay::Lab::builder().build().await.context("cannot make the namespaces")?;
+        let servers = lab.add_router("servers").ip_support(IpSupport::DualStack).nat(None).build().await?;
+        let add =
+            async |name: &str| Host::new(lab.add_device(name).iface("eth0", servers.id()).build().await?);
+        let (server, relay) = (add("server").await?, add("relay1").await?);
+        let mut sites = Vec::new();
+        for (n, (name, nat)) in names.iter().enumerate() {
+            sites.push(Site::up(&lab, name, *nat, &format!("192.168.{}.0/24", 10 + n)).await?);
+        }
+        Ok(Self { server, relay, sites, _namespaces: lab })
+    }
+}
+
 /// A running lab. Its namespaces vanish with it.
 pub struct Lab {
     /// Where the agent is.
@@ -93,6 +142,8 @@ pub struct Lab {
     pub relays: Vec<Host>,
     /// See [`Topology::stranger`].
     pub stranger: Option<Host>,
+    servers: patchbay::Router,
+    servers_line: Option<RunningLink>,
     _namespaces: patchbay::Lab,
 }
 
@@ -111,12 +162,19 @@ impl Lab {
             relays.push(add(&format!("relay{n}")).await?);
         }
         let stranger = if topology.stranger { Some(add("stranger").await?) } else { None };
+        let agent = Site::up(&lab, "agent", topology.agent, "192.168.10.0/24").await?;
+        let technician = match topology.one_router {
+            Some(neighbours) => agent.neighbour(&lab, "technician", neighbours).await?,
+            None => Site::up(&lab, "technician", topology.technician, "192.168.20.0/24").await?,
+        };
         let mut up = Self {
-            agent: Site::up(&lab, "agent", topology.agent, "192.168.10.0/24").await?,
-            technician: Site::up(&lab, "technician", topology.technician, "192.168.20.0/24").await?,
+            agent,
+            technician,
             server,
             relays,
             stranger,
+            servers,
+            servers_line: None,
             _namespaces: lab,
         };
         up.set_links(topology.link)?;
@@ -141,6 +199,17 @@ impl Lab {
     pub fn set_links(&mut self, link: Link) -> anyhow::Result<()> {
         self.set_agent_link(link)?;
         self.set_technician_link(Link { seed: link.seed ^ 0x5eed, ..link })?;
+        Ok(())
+    }
+
+    /// Puts `link` between the network of the servers and the internet: one that is more than a rate.
+    pub fn set_servers_link(&mut self, link: Link) -> anyhow::Result<()> {
+        self.packets_as_on_a_wire(link)?;
+        self.servers_line = None;
+        let inside = self.servers.downstream_cidr().into_iter().collect();
+        let line = RunningLink::start(&self.servers, inside, link)?;
+        self.servers.nft(link::NOTHING_ELSE)?;
+        self.servers_line = Some(line);
         Ok(())
     }
 
@@ -181,6 +250,58 @@ impl Host {
         self.device.command("ip -4 addr flush dev eth0")?;
         self.address = Ipv4Addr::UNSPECIFIED;
         Ok(())
+    }
+
+    /// Takes another IPv4 address of the same network, and nobody is told.
+    pub fn change_address(&mut self) -> anyhow::Result<()> {
+        let [a, b, c, last] = self.address.octets();
+        let new = Ipv4Addr::new(a, b, c, last ^ 0x40);
+        let old = self.address;
+        let route = self.device.command("ip -4 route show default")?.trim().to_owned();
+        self.device.command(&format!("ip addr del {old}/24 dev eth0"))?;
+        self.device.command(&format!("ip addr add {new}/24 dev eth0"))?;
+        self.device.command(&format!("ip route replace {route}"))?;
+        self.address = new;
+        Ok(())
+    }
+
+    /// Takes the interface down, or up again with the routes that it had.
+    pub fn set_interface(&self, up: bool) -> anyhow::Result<()> {
+        if up {
+            self.device.command("ip link set eth0 up")?;
+            let [a, b, c, _] = self.address.octets();
+            self.device.command(&format!("ip route replace default via {}", Ipv4Addr::new(a, b, c, 1)))?;
+        } else {
+            self.device.command("ip link set eth0 down")?;
+        }
+        Ok(())
+    }
+
+    /// Has no IPv6 any more.
+    pub fn lose_ipv6(&mut self) -> anyhow::Result<()> {
+        self.device.command("ip -6 addr flush dev eth0")?;
+        self.address6 = None;
+        Ok(())
+    }
+
+    /// From now on counts all that is sent. See [`Host::packets_sent`].
+    pub fn count_packets(&self) -> anyhow::Result<()> {
+        self.device.nft(
+            "table inet adit_packets {
+                 counter sent { }
+                 chain output {
+                     type filter hook output priority filter;
+                     oifname eth0 meta l4proto { tcp, udp } counter name sent
+                 }
+             }",
+        )
+    }
+
+    /// How many packets [`Host::count_packets`] has counted.
+    pub fn packets_sent(&self) -> anyhow::Result<u64> {
+        let listed = self.device.command("nft list counter inet adit_packets sent")?;
+        let mut words = listed.split_whitespace().skip_while(|word| *word != "packets");
+        Ok(words.nth(1).context("nft shows no packets")?.parse()?)
     }
 
     /// Programs that start here from now on find this in their environment.

@@ -6,6 +6,8 @@ use std::str::FromStr;
 
 use patchbay::IpSupport;
 
+use super::port_mapper;
+
 /// So many ports a [`NatKind::Sequential`] takes in turn, before it begins anew.
 const SEQUENCE: u32 = 4096;
 
@@ -22,6 +24,16 @@ pub enum NatKind {
     Firewall,
     /// Port-restricted cone: endpoint-independent mapping, address- and port-dependent filtering.
     Cone,
+    /// Endpoint-independent mapping; once something has gone out from a port, everybody gets in there.
+    FullCone,
+    /// Endpoint-independent mapping, address-dependent filtering.
+    AddressRestricted,
+    /// As [`NatKind::Cone`], on a router that rejects what it did not ask for, and remembers it: a plain Linux masquerade.
+    Rejecting,
+    /// [`NatKind::Cone`] at home behind [`NatKind::Cone`] at the provider's.
+    CgnatCone,
+    /// [`NatKind::Cone`] at home behind [`NatKind::Symmetric`] at the provider's.
+    CgnatSymmetric,
     /// Symmetric: a new random port for each destination, address- and port-dependent filtering.
     Symmetric,
     /// As [`NatKind::Symmetric`], with one port after the other.
@@ -34,21 +46,50 @@ pub enum NatKind {
     DualStack,
     /// IPv6 as [`NatKind::Firewall`] has it, and no IPv4 at all.
     Ipv6Only,
+    /// As [`NatKind::Symmetric`], on a router that maps ports on request, by PCP (RFC 6887).
+    Pcp,
+    /// The same by NAT-PMP (RFC 6886).
+    NatPmp,
+    /// The same by UPnP IGD.
+    Upnp,
 }
 
 impl NatKind {
     /// All kinds.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 17] = [
         Self::None,
         Self::Firewall,
         Self::Cone,
+        Self::FullCone,
+        Self::AddressRestricted,
+        Self::Rejecting,
+        Self::CgnatCone,
+        Self::CgnatSymmetric,
         Self::Symmetric,
         Self::Sequential,
         Self::UdpBlocked,
         Self::HttpsOnly,
         Self::DualStack,
         Self::Ipv6Only,
+        Self::Pcp,
+        Self::NatPmp,
+        Self::Upnp,
     ];
+
+    /// How its router is asked for ports.
+    pub(super) fn port_mapper(self) -> Option<port_mapper::Protocol> {
+        match self {
+            Self::Pcp => Some(port_mapper::Protocol::Pcp),
+            Self::NatPmp => Some(port_mapper::Protocol::NatPmp),
+            Self::Upnp => Some(port_mapper::Protocol::Upnp),
+            _ => None,
+        }
+    }
+
+    /// The router maps ports on request.
+    pub fn maps_ports(self) -> bool {
+        self.port_mapper().is_some()
+    }
 
     /// The device has an IPv6 address.
     pub fn has_ipv6(self) -> bool {
@@ -68,15 +109,51 @@ impl NatKind {
         matches!(self, Self::None | Self::Firewall)
     }
 
+    /// The NAT at the provider's, if there is one.
+    pub(super) fn carrier(self) -> Option<Self> {
+        match self {
+            Self::CgnatCone => Some(Self::Cone),
+            Self::CgnatSymmetric => Some(Self::Symmetric),
+            _ => None,
+        }
+    }
+
     /// The rules of the router whose outer interface is `wan` with the address `address`, as one
     /// nftables transaction that replaces those of an earlier call. `boot` stands for everything
     /// that a reboot changes: a cone maps the port p to `p ^ (boot & 0x3ff)`, so ports from 1024 up
-    /// stay there.
-    pub(super) fn rules(self, wan: &str, address: Ipv4Addr, boot: u16) -> String {
+    /// stay there. `device` is whom the less restricted kinds let others reach; they keep ports as they are.
+    pub(super) fn rules(self, wan: &str, address: Ipv4Addr, device: Ipv4Addr, boot: u16) -> String {
+        // Who may come in, beside answers: those whom this set lists.
+        let (open_to, element, inbound) = match self {
+            Self::FullCone => ("inet_service", "udp sport", "udp dport"),
+            Self::AddressRestricted => {
+                ("ipv4_addr . inet_service", "ip daddr . udp sport", "ip saddr . udp dport")
+            }
+            _ => ("inet_service", "", ""),
+        };
+        let (note, admit) = match element {
+            "" => (String::new(), String::new()),
+            element => (
+                format!("oifname {wan} ip protocol udp add @open {{ {element} }}"),
+                format!("iifname {wan} {inbound} @open dnat ip to {device}"),
+            ),
+        };
+        let input = match self {
+            Self::Rejecting => String::new(),
+            _ => format!("iifname {wan} drop"),
+        };
         let mapping = match self {
             Self::None => return String::new(),
             Self::Firewall => String::new(),
-            Self::Cone | Self::UdpBlocked | Self::HttpsOnly | Self::DualStack | Self::Ipv6Only => {
+            Self::Rejecting => format!("oifname {wan} masquerade"),
+            Self::FullCone | Self::AddressRestricted => format!("oifname {wan} snat ip to {address}"),
+            Self::Cone
+            | Self::UdpBlocked
+            | Self::HttpsOnly
+            | Self::DualStack
+            | Self::Ipv6Only
+            | Self::CgnatCone
+            | Self::CgnatSymmetric => {
                 let mask = boot & 0x3ff;
                 format!(
                     "oifname {wan} meta l4proto udp snat ip to {address} : udp sport ^ {mask}
@@ -84,7 +161,9 @@ impl NatKind {
                      oifname {wan} snat ip to {address}"
                 )
             }
-            Self::Symmetric => format!("oifname {wan} masquerade fully-random"),
+            Self::Symmetric | Self::Pcp | Self::NatPmp | Self::Upnp => {
+                format!("oifname {wan} masquerade fully-random")
+            }
             Self::Sequential => {
                 let first = 20_000 + u32::from(boot) * 16;
                 let ports =
@@ -101,6 +180,15 @@ impl NatKind {
              add table inet adit_firewall
              delete table inet adit_firewall
              table ip adit_nat {{
+                 set open {{ type {open_to}; flags dynamic,timeout; timeout 120s; }}
+                 chain note {{
+                     type filter hook forward priority filter;
+                     {note}
+                 }}
+                 chain prerouting {{
+                     type nat hook prerouting priority dstnat;
+                     {admit}
+                 }}
                  chain postrouting {{
                      type nat hook postrouting priority srcnat;
                      {mapping}
@@ -111,11 +199,12 @@ impl NatKind {
                      type filter hook input priority filter;
                      iifname {wan} icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert, nd-router-advert }} accept
                      iifname {wan} ct state established,related accept
-                     iifname {wan} drop
+                     {input}
                  }}
                  chain forward {{
                      type filter hook forward priority filter;
                      iifname {wan} ct state established,related accept
+                     iifname {wan} ct status dnat accept
                      iifname {wan} drop
                  }}
              }}"
@@ -129,12 +218,20 @@ impl fmt::Display for NatKind {
             Self::None => "none",
             Self::Firewall => "firewall",
             Self::Cone => "cone",
+            Self::FullCone => "full-cone",
+            Self::AddressRestricted => "address-restricted",
+            Self::Rejecting => "rejecting",
+            Self::CgnatCone => "cgnat-cone",
+            Self::CgnatSymmetric => "cgnat-symmetric",
             Self::Symmetric => "symmetric",
             Self::Sequential => "sequential",
             Self::UdpBlocked => "udp-blocked",
             Self::HttpsOnly => "https-only",
             Self::DualStack => "dual-stack",
             Self::Ipv6Only => "ipv6-only",
+            Self::Pcp => "pcp",
+            Self::NatPmp => "nat-pmp",
+            Self::Upnp => "upnp",
         })
     }
 }

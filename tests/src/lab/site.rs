@@ -7,9 +7,10 @@ use anyhow::Context;
 use patchbay::Ipv4Net;
 use rand::RngExt;
 
-use super::link::RunningLink;
+use super::link::{NOTHING_ELSE, RunningLink};
 use super::namespace::Namespace;
-use super::{Host, Link, LinkStats, NatKind, Rate, conntrack};
+use super::port_mapper::{self, PortMapper};
+use super::{Host, Link, LinkStats, NatKind, Neighbours, Rate, conntrack, segments};
 
 /// Bytes that passed a site's router, both ways, counted from IP headers on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +38,8 @@ const COUNTERS: &str = "
 
 /// The router's interface towards its provider.
 const WAN: &str = "wan";
+/// The provider's towards the internet.
+const PROVIDER_WAN: &str = "ix";
 
 /// A site. All events take effect before the call returns, and last until they are undone.
 pub struct Site {
@@ -48,13 +51,22 @@ pub struct Site {
     provider: patchbay::Router,
     boot: u16,
     line: Option<RunningLink>,
+    _port_mapper: Option<PortMapper>,
 }
 
 impl Site {
     /// Builds `name`, its router and its provider's router. `lan` is the network behind a NAT.
     pub(super) async fn up(lab: &patchbay::Lab, name: &str, nat: NatKind, lan: &str) -> anyhow::Result<Self> {
-        let provider =
-            lab.add_router(&format!("{name}-isp")).ip_support(nat.ip_support()).nat(None).build().await?;
+        let mut provider = lab.add_router(&format!("{name}-isp")).ip_support(nat.ip_support()).nat(None);
+        if nat.carrier().is_some() {
+            // RFC 6598
+            provider = provider.downstream_cidr("100.64.10.0/24".parse()?);
+        }
+        if nat.maps_ports() {
+            // miniupnpd does nothing behind an address that is reserved, as those are that patchbay takes (RFC 6890).
+            provider = provider.downstream_cidr(lan.replace("192.168.", "11.0.").parse()?);
+        }
+        let provider = provider.build().await?;
         let mut router = lab
             .add_router(&format!("{name}-router"))
             .upstream(provider.id())
@@ -65,18 +77,27 @@ impl Site {
         }
         let router = router.build().await?;
         let device = lab.add_device(name).iface("eth0", router.id()).build().await?;
-        let mut site = Self { host: Host::new(device)?, nat, router, provider, boot: 0, line: None };
+        let (host, line, _port_mapper) = (Host::new(device)?, None, None);
+        let mut site = Self { host, nat, router, provider, boot: 0, line, _port_mapper };
         if nat == NatKind::Ipv6Only {
             site.host.lose_ipv4()?;
         }
-        if nat.is_public() {
-            // patchbay routes public networks one level deep.
-            let inside = site.router.downstream_cidr().context("no network")?;
+        // patchbay routes public networks one level deep.
+        let inside = match () {
+            () if nat.is_public() => site.router.downstream_cidr(),
+            () if nat.maps_ports() => site.provider.downstream_cidr(),
+            () => None,
+        };
+        if let Some(inside) = inside {
             let via = site.provider.uplink_ip().context("no address")?;
             lab.ix().command(&format!("ip route replace {inside} via {via}"))?;
         }
         site.boot()?;
         site.router.nft(COUNTERS)?;
+        if let Some(protocol) = nat.port_mapper() {
+            let inside = site.router.downstream_gw().context("the router has no address inside")?;
+            site._port_mapper = Some(PortMapper::start(&site.router, WAN, inside, protocol).await?);
+        }
         match nat {
             NatKind::UdpBlocked => site.block_udp()?,
             NatKind::HttpsOnly => site.only_https()?,
@@ -85,12 +106,48 @@ impl Site {
         Ok(site)
     }
 
+    /// Another device on the same network. What happens to either site happens to both.
+    pub(super) async fn neighbour(
+        &self,
+        lab: &patchbay::Lab,
+        name: &str,
+        neighbours: Neighbours,
+    ) -> anyhow::Result<Self> {
+        let device = lab.add_device(name).iface("eth0", self.router.id()).build().await?;
+        if neighbours != Neighbours::Reachable {
+            let outside = self.router.uplink_ip().context("the router has no address")?;
+            segments::isolate(&self.router, WAN, outside, neighbours == Neighbours::Hairpin)?;
+        }
+        let (router, provider) = (self.router.clone(), self.provider.clone());
+        let (nat, boot, line) = (self.nat, self.boot, None);
+        Ok(Self { host: Host::new(device)?, nat, router, provider, boot, line, _port_mapper: None })
+    }
+
     /// The IPv4 address that others see.
     pub fn public_address(&self) -> anyhow::Result<Ipv4Addr> {
-        match self.nat.is_public() {
-            true => Ok(self.host.address),
-            false => self.router.uplink_ip().context("the router has no address"),
+        if self.nat.is_public() {
+            return Ok(self.host.address);
         }
+        let router = if self.nat.carrier().is_some() { &self.provider } else { &self.router };
+        router.uplink_ip().context("the router has no address")
+    }
+
+    /// From now on the router forwards this port, UDP and TCP, to the device: somebody has set it up.
+    pub fn forward_port(&self, port: u16) -> anyhow::Result<()> {
+        let device = self.host.address;
+        self.router.nft(&format!(
+            "table ip adit_forwarded {{
+                 chain prerouting {{
+                     type nat hook prerouting priority dstnat - 2;
+                     iifname {WAN} meta l4proto {{ tcp, udp }} th dport {port} dnat ip to {device}
+                 }}
+             }}"
+        ))
+    }
+
+    /// How many ports the router keeps because it was asked to ([`NatKind::maps_ports`]).
+    pub fn mapped_ports(&self) -> anyhow::Result<usize> {
+        port_mapper::entered(&self.router)
     }
 
     /// What has passed the router so far.
@@ -168,11 +225,28 @@ impl Site {
         }
     }
 
+    /// From now on the router drops so many percent of the direct path's packets, in each direction; 0 ends it.
+    pub fn set_direct_loss(&self, percent: u32) -> anyhow::Result<()> {
+        match percent {
+            0 => self.permit("adit_direct_loss"),
+            _ => self.forbid(
+                "adit_direct_loss",
+                &format!(
+                    "meta l4proto udp udp dport != {{ 53, 8002 }} udp sport != {{ 53, 8002 }} \
+                     numgen random mod 100 < {percent} drop"
+                ),
+            ),
+        }
+    }
+
     /// The router restarts in no time: it forgets all connections, and maps to other ports from now
     /// on. Nobody is told; what arrives on old mappings is dropped.
     pub fn reboot_nat(&mut self) -> anyhow::Result<()> {
         self.boot()?;
-        self.router.run_sync(|| conntrack::flush().context("cannot flush the router's connections"))
+        for router in [&self.router, &self.provider] {
+            router.run_sync(|| conntrack::flush().context("cannot flush the router's connections"))?;
+        }
+        Ok(())
     }
 
     /// See [`super::Lab::set_agent_link`].
@@ -188,11 +262,7 @@ impl Site {
             inside.extend(self.router.downstream_cidr());
         }
         let line = RunningLink::start(&self.provider, inside, link)?;
-        self.provider.nft(
-            "table ip adit_line {
-                 chain forward { type filter hook forward priority filter; policy drop; }
-             }",
-        )?;
+        self.provider.nft(NOTHING_ELSE)?;
         let stats = line.stats();
         self.line = Some(line);
         Ok(Some(stats))
@@ -220,7 +290,13 @@ impl Site {
         // Never the same as before: that is what the mask must not be either.
         self.boot = if other == self.boot { other ^ 0x200 } else { other };
         let address = self.router.uplink_ip().context("the router has no address")?;
-        self.router.nft(&self.nat.rules(WAN, address, self.boot))
+        let device = self.host.address;
+        self.router.nft(&self.nat.rules(WAN, address, device, self.boot))?;
+        if let Some(carrier) = self.nat.carrier() {
+            let outside = self.provider.uplink_ip().context("the provider has no address")?;
+            self.provider.nft(&carrier.rules(PROVIDER_WAN, outside, address, self.boot ^ 0x155))?;
+        }
+        Ok(())
     }
 
     /// Applies `rule` to all that leaves the router on either side. Not in `forward`: with the line

@@ -1,5 +1,6 @@
 //! What runs through a tunnel while something happens to it.
 
+mod echo;
 mod greeter;
 mod http;
 mod noise;
@@ -7,6 +8,7 @@ mod ticks;
 mod transfer;
 mod web;
 
+pub use echo::{echo, echoed};
 pub use greeter::greeter;
 pub use http::HttpServer;
 pub use noise::{Noise, hex, sha256};

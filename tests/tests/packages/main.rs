@@ -323,7 +323,7 @@ fn sandbox(machine: &Machine, unit: &str) -> anyhow::Result<()> {
     let sockets: Vec<&str> = sockets.lines().collect();
     println!("         {unit}: listens on {}", sockets.join(", "));
     let all_as_expected = match unit {
-        "adit-mediator" => sockets == ["tcp 443", "tcp 8002", "tcp 9464", "udp 8002"],
+        "adit-mediator" => sockets == ["tcp 443", "tcp 8002", "tcp 9464", "udp 443", "udp 8002"],
         "adit-relay" => sockets == ["tcp 8003", "tcp 8443", "tcp 9465", "udp 8003"],
         _ => {
             let direct = |socket: &str| socket.strip_prefix("udp ").and_then(|port| port.parse().ok());

@@ -3,12 +3,17 @@
 //! Every pair gets small checks at once, paced by [`PACING`], repeated with growing pauses: a
 //! port-restricted NAT lets the peer's checks in only after ours have gone out. A pair whose small check
 //! was answered and that is nominated sends checks of full size, until one is answered.
+//!
+//! A careful round begins with openers: checks that live just long enough to open our own NAT. Some routers answer what they did
+//! not ask for, and remember it: a check that is there before theirs was sent would move the mapping that the peer knows of. So
+//! the others go out when the peer has sent its own openers ([`Checklist::release`]).
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use super::candidate::{Candidate, CandidateKind};
+use super::local::{LocalSocket, Path};
 use super::stun::TransactionId;
 
 /// Most pairs of a round: the peer's candidates, what the mediator saw, and peer-reflexive ones.
@@ -32,6 +37,8 @@ const MAX_OUTSTANDING: usize = 12;
 /// How long the controlling side waits, after the first success, for a pair that it likes better. That
 /// one was checked before, and a better path is a shorter one: its answer can hardly be later.
 const SETTLE: Duration = Duration::from_millis(20);
+/// No answer from the same network takes so long.
+const LATE: Duration = Duration::from_millis(50);
 /// A nominated pair that is not confirmed after this time, or five round trips, has failed; the next
 /// best is nominated.
 const NOMINATION: Duration = Duration::from_secs(2);
@@ -49,9 +56,11 @@ pub enum CheckState {
     Failed,
 }
 
-/// The local socket and one remote candidate.
+/// One of our sockets and one remote candidate.
 #[derive(Debug, Clone)]
 pub struct CandidatePair {
+    /// Our socket.
+    pub socket: LocalSocket,
     /// The remote candidate.
     pub remote: Candidate,
     /// How far its checks got.
@@ -90,12 +99,23 @@ impl CandidatePair {
     }
 
     /// Checked in both directions and nominated; full size is not yet proved.
-    pub(super) fn is_valid(&self) -> bool {
+    pub fn is_valid(&self) -> bool {
         self.state == CheckState::Succeeded && self.nominated.is_some()
     }
 
-    fn new(now: Instant, remote: Candidate) -> Self {
+    /// Where its checks go.
+    pub fn path(&self) -> Path {
+        Path { socket: self.socket, remote: self.remote.address }
+    }
+
+    /// Something of the peer has come in on it.
+    pub(super) fn is_alive(&self) -> bool {
+        self.heard || self.state == CheckState::Succeeded
+    }
+
+    fn new(now: Instant, socket: LocalSocket, remote: Candidate) -> Self {
         Self {
+            socket,
             remote,
             state: CheckState::Waiting,
             mapped: None,
@@ -136,28 +156,49 @@ pub(super) struct Checklist {
     last_paced: Option<Instant>,
     /// When the first check was answered.
     first_success: Option<Instant>,
+    /// In a careful round nothing is paced: what opens our NAT goes out before the message that lets the peer's checks come.
+    unpaced: bool,
+    /// Only openers are sent yet, but to pairs on which the peer was heard.
+    opening: bool,
 }
 
 /// A check to send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Check {
-    pub(super) remote: SocketAddr,
+    pub(super) path: Path,
     pub(super) full_size: bool,
+    /// It should not get further than our own NAT.
+    pub(super) opener: bool,
 }
 
 impl Checklist {
+    /// That of a careful round.
+    pub(super) fn careful() -> Self {
+        Self { unpaced: true, opening: true, ..Self::default() }
+    }
+
+    /// The peer has sent its openers: from now on checks are meant to arrive.
+    pub(super) fn release(&mut self, now: Instant) {
+        if std::mem::take(&mut self.opening) {
+            for pair in self.pairs.iter_mut().filter(|pair| pair.due.is_some()) {
+                pair.due = Some(now);
+                pair.attempts = 0;
+            }
+        }
+    }
+
     pub(super) fn pairs(&self) -> &[CandidatePair] {
         &self.pairs
     }
 
-    pub(super) fn get(&self, remote: SocketAddr) -> Option<&CandidatePair> {
-        self.pairs.iter().find(|pair| pair.remote.address == remote)
+    pub(super) fn get(&self, path: Path) -> Option<&CandidatePair> {
+        self.pairs.iter().find(|pair| pair.path() == path)
     }
 
     /// Adds a pair, unless there is one to that address or no room. The best that is known of an address counts: what the
     /// peer says of its own host's tells more than what a server or a check shows.
-    pub(super) fn add(&mut self, now: Instant, remote: Candidate) {
-        if let Some(pair) = self.get_mut(remote.address) {
+    pub(super) fn add(&mut self, now: Instant, socket: LocalSocket, remote: Candidate) {
+        if let Some(pair) = self.get_mut(Path { socket, remote: remote.address }) {
             use CandidateKind::{Host, PeerReflexive, Predicted};
             // A reflexive one stays what it was first, except that a server's is more than a check's.
             let is_more = match pair.remote.kind {
@@ -173,14 +214,14 @@ impl Checklist {
                 pair.remote.kind = remote.kind;
             }
         } else if self.pairs.len() < MAX_PAIRS {
-            self.pairs.push(CandidatePair::new(now, remote));
+            self.pairs.push(CandidatePair::new(now, socket, remote));
         }
     }
 
-    /// An authentic check of the peer came from `remote` (RFC 8445 section 7.3.1.4).
-    pub(super) fn heard(&mut self, now: Instant, remote: SocketAddr, full_size: bool, nominated: bool) {
-        self.add(now, Candidate { kind: CandidateKind::PeerReflexive, address: remote });
-        let Some(pair) = self.get_mut(remote) else { return };
+    /// An authentic check of the peer came in on `path` (RFC 8445 section 7.3.1.4).
+    pub(super) fn heard(&mut self, now: Instant, path: Path, full_size: bool, nominated: bool) {
+        self.add(now, path.socket, Candidate { kind: CandidateKind::PeerReflexive, address: path.remote });
+        let Some(pair) = self.get_mut(path) else { return };
         let first = !std::mem::replace(&mut pair.heard, true);
         pair.full_in |= full_size;
         let newly_nominated = nominated && pair.nominated.is_none();
@@ -201,15 +242,9 @@ impl Checklist {
         }
     }
 
-    /// A check of ours to `remote` was answered.
-    pub(super) fn answered(
-        &mut self,
-        now: Instant,
-        remote: SocketAddr,
-        id: TransactionId,
-        mapped: SocketAddr,
-    ) {
-        let Some(pair) = self.get_mut(remote) else { return };
+    /// A check of ours on `path` was answered.
+    pub(super) fn answered(&mut self, now: Instant, path: Path, id: TransactionId, mapped: SocketAddr) {
+        let Some(pair) = self.get_mut(path) else { return };
         let Some(at) = pair.outstanding.iter().position(|sent| sent.id == id) else { return };
         let Some(sent) = pair.outstanding.remove(at) else { return };
         let rtt = now.saturating_duration_since(sent.at);
@@ -232,17 +267,17 @@ impl Checklist {
         }
     }
 
-    /// A check of ours to `remote` was refused.
-    pub(super) fn refused(&mut self, remote: SocketAddr) {
-        if let Some(pair) = self.get_mut(remote) {
+    /// A check of ours on `path` was refused.
+    pub(super) fn refused(&mut self, path: Path) {
+        if let Some(pair) = self.get_mut(path) {
             pair.state = CheckState::Failed;
             pair.due = None;
         }
     }
 
-    /// Whether this transaction with `remote` is one of ours.
-    pub(super) fn asked(&self, remote: SocketAddr, id: TransactionId) -> bool {
-        self.get(remote).is_some_and(|pair| pair.outstanding.iter().any(|sent| sent.id == id))
+    /// Whether this transaction on `path` is one of ours.
+    pub(super) fn asked(&self, path: Path, id: TransactionId) -> bool {
+        self.get(path).is_some_and(|pair| pair.outstanding.iter().any(|sent| sent.id == id))
     }
 
     /// No more checks, except for what the peer nominates.
@@ -259,13 +294,16 @@ impl Checklist {
     pub(super) fn send(&mut self, now: Instant, id: TransactionId) -> Option<Check> {
         let is_due = |pair: &&CandidatePair| self.pair_due(pair).is_some_and(|due| due <= now);
         let first = |pair: &&CandidatePair| (pair.urgent, pair.remote.kind.priority());
-        let remote = self.pairs.iter().filter(is_due).max_by_key(first)?.remote.address;
-        let pair = self.get_mut(remote)?;
+        let path = self.pairs.iter().filter(is_due).max_by_key(first)?.path();
+        let opening = self.opening;
+        let pair = self.get_mut(path)?;
         let full_size = pair.is_valid();
+        let opener = opening && !pair.is_alive();
         if pair.state == CheckState::Waiting {
             pair.state = CheckState::InProgress;
         }
-        let is_last = pair.remote.kind == CandidateKind::Predicted && pair.attempts + 1 >= PREDICTED_CHECKS;
+        let is_guess = pair.remote.kind == CandidateKind::Predicted && !opener;
+        let is_last = is_guess && pair.attempts + 1 >= PREDICTED_CHECKS;
         pair.due = Some(now + pair.pause()).filter(|_| !is_last);
         pair.attempts += 1;
         pair.last_sent = Some(now);
@@ -276,7 +314,7 @@ impl Checklist {
         if !std::mem::take(&mut pair.urgent) {
             self.last_paced = Some(now);
         }
-        Some(Check { remote, full_size })
+        Some(Check { path, full_size, opener })
     }
 
     /// When [`Self::nominate`] may have something to do (controlling side only).
@@ -287,28 +325,34 @@ impl Checklist {
         }
     }
 
-    /// Chooses the pair to use, when the time has come; drops one that did not live up to it
+    /// Chooses the pair to use, when the time has come, and says so; drops one that did not live up to it
     /// (controlling side only).
-    pub(super) fn nominate(&mut self, now: Instant) {
+    pub(super) fn nominate(&mut self, now: Instant) -> Option<Path> {
         let overdue = self.nominee().filter(|pair| pair.nomination_ends().is_some_and(|end| end <= now));
-        if let Some(remote) = overdue.map(|pair| pair.remote.address) {
-            tracing::debug!(%remote, "nominated pair does not carry full size both ways");
-            self.refused(remote);
+        if let Some(path) = overdue.map(CandidatePair::path) {
+            tracing::debug!(%path, "nominated pair does not carry full size both ways");
+            self.refused(path);
         }
         if self.nominee().is_some() {
-            return;
+            return None;
         }
-        let Some(best) = self.best() else { return };
-        let remote = best.remote.address;
+        let best = self.best()?;
+        let path = best.path();
+        // One that was asked before this one, and has not answered for longer, is no shorter way.
+        let is_late = |pair: &CandidatePair| {
+            let slow = best.rtt.map(|rtt| rtt.max(LATE));
+            pair.last_sent.zip(slow).is_some_and(|(sent, slow)| now.saturating_duration_since(sent) > slow)
+        };
         let rival = self.pairs.iter().any(|pair| {
             matches!(pair.state, CheckState::Waiting | CheckState::InProgress)
                 && pair.remote.kind.priority() > best.remote.kind.priority()
+                && !is_late(pair)
         });
         let settled = self.first_success.is_some_and(|at| at + SETTLE <= now);
-        if let Some(pair) = self.get_mut(remote).filter(|_| settled || !rival) {
-            pair.nominated = Some(now);
-            pair.check_now(now);
-        }
+        let pair = self.get_mut(path).filter(|_| settled || !rival)?;
+        pair.nominated = Some(now);
+        pair.check_now(now);
+        Some(path)
     }
 
     fn nominee(&self) -> Option<&CandidatePair> {
@@ -325,12 +369,12 @@ impl Checklist {
     }
 
     fn pair_due(&self, pair: &CandidatePair) -> Option<Instant> {
-        let paced = self.last_paced.filter(|_| !pair.urgent).map(|last| last + PACING);
+        let paced = self.last_paced.filter(|_| !pair.urgent && !self.unpaced).map(|last| last + PACING);
         pair.due.map(|due| paced.map_or(due, |paced| due.max(paced)))
     }
 
-    fn get_mut(&mut self, remote: SocketAddr) -> Option<&mut CandidatePair> {
-        self.pairs.iter_mut().find(|pair| pair.remote.address == remote)
+    fn get_mut(&mut self, path: Path) -> Option<&mut CandidatePair> {
+        self.pairs.iter_mut().find(|pair| pair.path() == path)
     }
 }
 
@@ -348,7 +392,7 @@ mod tests {
         let end = start + Duration::from_millis(end);
         while let Some(now) = checklist.due().map(|due| due.max(start)).filter(|due| *due <= end) {
             let check = checklist.send(now, [sent.len() as u8; 12]).expect("it is due");
-            let SocketAddr::V4(remote) = check.remote else { panic!("IPv4 only") };
+            let SocketAddr::V4(remote) = check.path.remote else { panic!("IPv4 only") };
             sent.push(((now - start).as_millis() as u64, remote.ip().octets()[3], check.full_size));
         }
         sent
@@ -358,8 +402,8 @@ mod tests {
     fn paced_by_priority_and_repeated() {
         let start = Instant::now();
         let mut checklist = Checklist::default();
-        checklist.add(start, candidate(CandidateKind::ServerReflexive, 1));
-        checklist.add(start, candidate(CandidateKind::Host, 2));
+        checklist.add(start, LocalSocket::DEVICE, candidate(CandidateKind::ServerReflexive, 1));
+        checklist.add(start, LocalSocket::DEVICE, candidate(CandidateKind::Host, 2));
         let sent = send(&mut checklist, start, 1000);
         let expected = [(0, 2), (5, 1), (150, 2), (155, 1), (400, 2), (405, 1), (800, 2), (805, 1)];
         assert_eq!(sent, expected.map(|(at, remote)| (at, remote, false)));
@@ -367,19 +411,42 @@ mod tests {
     }
 
     #[test]
+    fn a_careful_round_opens_everything_before_anything_arrives() {
+        let start = Instant::now();
+        let mut checklist = Checklist::careful();
+        for last in 1..=3 {
+            checklist.add(start, LocalSocket(1), candidate(CandidateKind::Predicted, last));
+        }
+        let mut sent = Vec::new();
+        while checklist.due().is_some_and(|due| due <= start) {
+            sent.push(checklist.send(start, [sent.len() as u8; 12]).expect("it is due"));
+        }
+        assert_eq!(sent.len(), 3, "all at once");
+        assert!(sent.iter().all(|check| check.opener));
+        let released = start + Duration::from_secs(3);
+        while let Some(now) = checklist.due().filter(|due| *due < released) {
+            assert!(checklist.send(now, [9; 12]).expect("it is due").opener);
+        }
+        checklist.release(released);
+        checklist.add(released, LocalSocket(1), candidate(CandidateKind::Predicted, 4));
+        let after = send(&mut checklist, released, 0);
+        assert_eq!(after.len(), 4, "guesses are not used up by openers, and what comes late is not paced");
+    }
+
+    #[test]
     fn a_check_of_the_peer_is_checked_back_at_once() {
         let start = Instant::now();
         let mut checklist = Checklist::default();
-        checklist.add(start, candidate(CandidateKind::ServerReflexive, 1));
+        checklist.add(start, LocalSocket::DEVICE, candidate(CandidateKind::ServerReflexive, 1));
         assert_eq!(send(&mut checklist, start, 100).len(), 1);
         let heard = start + Duration::from_millis(101);
-        checklist.heard(heard, ([192, 0, 2, 1], 1).into(), false, false);
+        checklist.heard(heard, Path::to(([192, 0, 2, 1], 1).into()), false, false);
         assert_eq!(send(&mut checklist, heard, 0), [(0, 1, false)]);
         // but not for every one that follows
-        checklist.heard(heard, ([192, 0, 2, 1], 1).into(), false, false);
+        checklist.heard(heard, Path::to(([192, 0, 2, 1], 1).into()), false, false);
         assert_eq!(send(&mut checklist, heard, 100), []);
         // from an address that nobody told of
-        checklist.heard(heard, ([192, 0, 2, 9], 1).into(), false, false);
+        checklist.heard(heard, Path::to(([192, 0, 2, 9], 1).into()), false, false);
         assert_eq!(send(&mut checklist, heard, 50), [(0, 9, false)]);
         assert_eq!(checklist.pairs()[1].remote.kind, CandidateKind::PeerReflexive);
     }
@@ -389,19 +456,19 @@ mod tests {
         let start = Instant::now();
         let mapped = ([198, 51, 100, 1], 1).into();
         let mut checklist = Checklist::default();
-        checklist.add(start, candidate(CandidateKind::ServerReflexive, 1));
-        checklist.add(start, candidate(CandidateKind::Host, 2));
+        checklist.add(start, LocalSocket::DEVICE, candidate(CandidateKind::ServerReflexive, 1));
+        checklist.add(start, LocalSocket::DEVICE, candidate(CandidateKind::Host, 2));
         send(&mut checklist, start, 10);
         let answered = start + Duration::from_millis(12);
-        checklist.answered(answered, ([192, 0, 2, 1], 1).into(), [1; 12], mapped);
+        checklist.answered(answered, Path::to(([192, 0, 2, 1], 1).into()), [1; 12], mapped);
         assert_eq!(checklist.nomination_due(), None, "no check of the peer yet");
-        checklist.heard(answered, ([192, 0, 2, 1], 1).into(), false, false);
+        checklist.heard(answered, Path::to(([192, 0, 2, 1], 1).into()), false, false);
         checklist.nominate(answered);
         assert_eq!(send(&mut checklist, answered, 10), [], "the host candidate may still answer");
         let settled = checklist.nomination_due().expect("it settles");
         assert_eq!(settled, answered + SETTLE);
-        checklist.answered(settled, ([192, 0, 2, 2], 1).into(), [0; 12], mapped);
-        checklist.heard(settled, ([192, 0, 2, 2], 1).into(), false, false);
+        checklist.answered(settled, Path::to(([192, 0, 2, 2], 1).into()), [0; 12], mapped);
+        checklist.heard(settled, Path::to(([192, 0, 2, 2], 1).into()), false, false);
         checklist.nominate(settled);
         assert_eq!(send(&mut checklist, settled, 400), [(0, 2, true), (100, 2, true), (300, 2, true)]);
         let failed = checklist.nomination_due().expect("it has a deadline");
@@ -416,7 +483,7 @@ mod tests {
         let start = Instant::now();
         let mut checklist = Checklist::default();
         for kind in [CandidateKind::ServerReflexive, CandidateKind::Host, CandidateKind::ServerReflexive] {
-            checklist.add(start, candidate(kind, 1));
+            checklist.add(start, LocalSocket::DEVICE, candidate(kind, 1));
         }
         assert_eq!(checklist.pairs().len(), 1);
         assert_eq!(checklist.pairs()[0].remote.kind, CandidateKind::Host);
@@ -427,8 +494,8 @@ mod tests {
         let start = Instant::now();
         let mut checklist = Checklist::default();
         for last in 0..=255 {
-            checklist.add(start, candidate(CandidateKind::PeerReflexive, last));
-            checklist.add(start, candidate(CandidateKind::Host, last));
+            checklist.add(start, LocalSocket::DEVICE, candidate(CandidateKind::PeerReflexive, last));
+            checklist.add(start, LocalSocket::DEVICE, candidate(CandidateKind::Host, last));
         }
         assert_eq!(checklist.pairs().len(), MAX_PAIRS);
         assert!(checklist.pairs().iter().all(|pair| pair.remote.kind == CandidateKind::Host));

@@ -46,6 +46,11 @@ impl Exchange {
         &self.theirs
     }
 
+    /// Whether the peer has all that we told.
+    pub(super) fn is_settled(&self) -> bool {
+        self.sequence > 0 && self.acknowledged == self.sequence
+    }
+
     /// What we have to tell. Sent at once if it is new.
     pub(super) fn tell(&mut self, now: Instant, state: State) {
         if self.ours != state {

@@ -22,6 +22,41 @@ const BEHIND: u16 = 6;
 /// Below it no NAT takes ports in turn.
 const LEAST_PORT: u16 = 1024;
 
+/// How this end's NAT maps IPv4 (RFC 4787 section 4.1), as far as two servers show it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Mapping {
+    /// Less than two servers have answered.
+    #[default]
+    Unknown,
+    /// One address for all destinations, or no NAT at all. Where all servers have one address, perhaps for all ports of one
+    /// destination only.
+    Independent,
+    /// Another port for another destination, one after the other.
+    Sequential,
+    /// Another port for another destination, which nobody can tell.
+    Random,
+}
+
+impl Mapping {
+    /// All of them.
+    pub(super) const ALL: [Self; 4] = [Self::Unknown, Self::Independent, Self::Sequential, Self::Random];
+
+    /// What it is by the addresses that servers saw, in the order in which they were asked.
+    pub fn of(seen: &[SocketAddr]) -> Self {
+        match seen {
+            [] | [_] => Self::Unknown,
+            [first, rest @ ..] if rest.iter().all(|other| other == first) => Self::Independent,
+            _ if !predicted(seen).is_empty() => Self::Sequential,
+            _ => Self::Random,
+        }
+    }
+
+    /// Each destination sees another address.
+    pub(super) fn depends_on_destination(self) -> bool {
+        matches!(self, Self::Sequential | Self::Random)
+    }
+}
+
 /// All servers of one agent.
 pub(super) struct Gatherer {
     servers: Vec<Server>,
@@ -31,6 +66,8 @@ struct Server {
     address: SocketAddr,
     /// As this server saw us last. Kept while it does not answer: the mapping may well still be there.
     mapped: Option<SocketAddr>,
+    /// It said so since all were asked last.
+    is_news: bool,
     requests: Vec<TransactionId>,
     due: Option<Instant>,
 }
@@ -43,14 +80,24 @@ impl Gatherer {
                 distinct.push(address);
             }
         }
-        let server = |address| Server { address, mapped: None, requests: Vec::new(), due: None };
+        let server =
+            |address| Server { address, mapped: None, is_news: false, requests: Vec::new(), due: None };
         Self { servers: distinct.into_iter().map(server).collect() }
+    }
+
+    /// The same servers, asked by IPv4 through another socket.
+    pub(super) fn anew(&self, now: Instant) -> Self {
+        let addresses = self.servers.iter().map(|server| server.address);
+        let mut anew = Self::new(addresses.filter(SocketAddr::is_ipv4).collect());
+        anew.start(now);
+        anew
     }
 
     /// Asks all servers anew, except those that are being asked.
     pub(super) fn start(&mut self, now: Instant) {
         for server in self.servers.iter_mut().filter(|server| server.due.is_none()) {
             server.requests.clear();
+            server.is_news = false;
             server.due = Some(now);
         }
     }
@@ -68,41 +115,25 @@ impl Gatherer {
         mapped
     }
 
-    /// Whether servers see us at different ports of one IPv4 address: the NAT's mapping depends on the destination (RFC 4787 section 4.1).
-    pub(super) fn depends_on_destination(&self) -> bool {
-        let seen = self.seen_by_ipv4();
-        let differ = |a: &SocketAddr, b: &SocketAddr| a.ip() == b.ip() && a.port() != b.port();
-        seen.iter().any(|one| seen.iter().any(|other| differ(one, other)))
+    /// What the answers say about our NAT.
+    pub(super) fn mapping(&self) -> Mapping {
+        Mapping::of(&self.seen_by_ipv4())
     }
 
     /// The addresses that the NAT is expected to use for others, the likeliest first, where it takes one port after the other.
     pub(super) fn predicted(&self) -> Vec<SocketAddr> {
-        let seen = self.seen_by_ipv4();
-        let (Some(first), Some(last)) = (seen.first(), seen.last()) else { return vec![] };
-        let is_step = |from: &SocketAddr, to: &SocketAddr| {
-            from.ip() == to.ip() && (1..=MAX_STEP).contains(&to.port().wrapping_sub(from.port()))
-        };
-        let up = seen.windows(2).all(|pair| is_step(&pair[0], &pair[1]));
-        let down = seen.windows(2).all(|pair| is_step(&pair[1], &pair[0]));
-        // Neither, or only one is known.
-        if up == down {
-            return vec![];
-        }
-        let step = if up { 1 } else { u16::MAX };
-        let ports = |from: &SocketAddr, step: u16, count| {
-            let from = from.port();
-            (1..=count).map(move |n: u16| from.wrapping_add(step.wrapping_mul(n)))
-        };
-        ports(last, step, AHEAD)
-            .chain(ports(first, step.wrapping_neg(), BEHIND))
-            .filter(|port| *port >= LEAST_PORT)
-            .map(|port| SocketAddr::new(last.ip(), port))
-            .collect()
+        predicted(&self.seen_by_ipv4())
     }
 
-    /// As each server sees us, in the order in which they are asked.
+    /// Some server has answered since all were asked last.
+    pub(super) fn has_news(&self) -> bool {
+        self.servers.iter().any(|server| server.is_news)
+    }
+
+    /// As each server sees us now, in the order in which they are asked.
     fn seen_by_ipv4(&self) -> Vec<SocketAddr> {
-        self.servers.iter().filter_map(|server| server.mapped).filter(SocketAddr::is_ipv4).collect()
+        let news = self.servers.iter().filter(|server| server.is_news);
+        news.filter_map(|server| server.mapped).filter(SocketAddr::is_ipv4).collect()
     }
 
     pub(super) fn due(&self) -> Option<Instant> {
@@ -128,9 +159,34 @@ impl Gatherer {
             return false;
         };
         server.due = None;
+        server.is_news = true;
         server.requests.clear();
         server.mapped.replace(mapped) != Some(mapped)
     }
+}
+
+/// See [`Gatherer::predicted`].
+fn predicted(seen: &[SocketAddr]) -> Vec<SocketAddr> {
+    let (Some(first), Some(last)) = (seen.first(), seen.last()) else { return vec![] };
+    let is_step = |from: &SocketAddr, to: &SocketAddr| {
+        from.ip() == to.ip() && (1..=MAX_STEP).contains(&to.port().wrapping_sub(from.port()))
+    };
+    let up = seen.windows(2).all(|pair| is_step(&pair[0], &pair[1]));
+    let down = seen.windows(2).all(|pair| is_step(&pair[1], &pair[0]));
+    // Neither, or only one is known.
+    if up == down {
+        return vec![];
+    }
+    let step = if up { 1 } else { u16::MAX };
+    let ports = |from: &SocketAddr, step: u16, count| {
+        let from = from.port();
+        (1..=count).map(move |n: u16| from.wrapping_add(step.wrapping_mul(n)))
+    };
+    ports(last, step, AHEAD)
+        .chain(ports(first, step.wrapping_neg(), BEHIND))
+        .filter(|port| *port >= LEAST_PORT)
+        .map(|port| SocketAddr::new(last.ip(), port))
+        .collect()
 }
 
 #[cfg(test)]
@@ -195,7 +251,15 @@ mod tests {
         for seen in [&[5000][..], &[5000, 5000], &[5000, 40_000], &[5000, 5001, 4999], &[5000, 5033], &[]] {
             assert_eq!(ports(seen), Vec::<u16>::new(), "{seen:?}");
         }
-        assert!(seen_at(&[5000, 5001]).depends_on_destination());
-        assert!(!seen_at(&[5000, 5000]).depends_on_destination() && !seen_at(&[]).depends_on_destination());
+        for (seen, mapping) in [
+            (&[][..], Mapping::Unknown),
+            (&[5000], Mapping::Unknown),
+            (&[5000, 5000, 5000], Mapping::Independent),
+            (&[5000, 5002], Mapping::Sequential),
+            (&[5000, 5000, 9000], Mapping::Random),
+            (&[5000, 40_000], Mapping::Random),
+        ] {
+            assert_eq!(seen_at(seen).mapping(), mapping, "{seen:?}");
+        }
     }
 }

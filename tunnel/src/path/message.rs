@@ -5,22 +5,39 @@
 //! count x ( u8 kind · u8 length · address (4 or 16 bytes) · u16 port )
 //! ```
 //! Integers are big-endian, varints as in RFC 9000 section 16. `length` counts address and port: a
-//! candidate of an unknown kind or length is skipped, and so is whatever follows the last candidate.
+//! candidate of an unknown kind or length is skipped, and so is whatever follows the last candidate. Kind 4 is an
+//! address where the sender takes TCP connections (RFC 6544 calls it passive), the others are UDP addresses (`candidate`).
+//!
+//! | bits of `flags` | meaning |
+//! | --- | --- |
+//! | 0 | another round is wanted |
+//! | 1 | an acknowledgement is wanted |
+//! | 2, 3 | how the sender's NAT maps: 0 unknown, 1 independently of the destination, 2 in turn, 3 at random |
+//! | 4 | the round is a careful one |
+//! | 5 | sockets are open for probing |
 
 use std::net::{IpAddr, SocketAddr};
 
 use adit_protocol::varint;
 
 use super::candidate::{Candidate, CandidateKind};
+use super::gather::Mapping;
 
 /// Most candidates in one message.
 pub const MAX_CANDIDATES: usize = 32;
 /// Longest message, in bytes.
 pub const MAX_MESSAGE: usize = 4096;
 
+/// Most addresses where one end takes TCP connections.
+pub(super) const MAX_LISTENING: usize = 4;
+
 const FORMAT: u8 = 1;
+const LISTENING: u8 = 4;
 const WANT_ROUND: u8 = 1 << 0;
 const WANT_ACKNOWLEDGEMENT: u8 = 1 << 1;
+const MAPPING_SHIFT: u8 = 2;
+const CAREFUL: u8 = 1 << 4;
+const OPEN: u8 = 1 << 5;
 
 /// See the module's documentation.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -42,8 +59,16 @@ pub(super) struct State {
     pub(super) round: u64,
     /// The sender lost the path of that round, and would like another round.
     pub(super) want_round: bool,
+    /// How the sender's NAT maps.
+    pub(super) mapping: Mapping,
+    /// The round is one with sockets of its own, in which nobody sends before the other's NAT is open.
+    pub(super) careful: bool,
+    /// Many sockets are open: the peer should probe.
+    pub(super) open: bool,
     /// Where it may be reached.
     pub(super) candidates: Vec<Candidate>,
+    /// Where it takes TCP connections, at most [`MAX_LISTENING`].
+    pub(super) listening: Vec<SocketAddr>,
 }
 
 /// Why a candidate message was refused.
@@ -66,17 +91,25 @@ pub enum InvalidMessage {
 impl CandidateMessage {
     pub(super) fn encode(&self) -> Vec<u8> {
         let mut bytes = vec![FORMAT];
-        let round = if self.state.want_round { WANT_ROUND } else { 0 };
-        let acknowledgement = if self.want_acknowledgement { WANT_ACKNOWLEDGEMENT } else { 0 };
-        bytes.push(round | acknowledgement);
+        let flags = [
+            (self.state.want_round, WANT_ROUND),
+            (self.want_acknowledgement, WANT_ACKNOWLEDGEMENT),
+            (self.state.careful, CAREFUL),
+            (self.state.open, OPEN),
+        ];
+        let flags = flags.into_iter().filter(|(set, _)| *set).fold(0, |all, (_, flag)| all | flag);
+        bytes.push(flags | mapping_bits(self.state.mapping) << MAPPING_SHIFT);
         for number in [self.sequence, self.acknowledged, self.state.round] {
             varint::put(&mut bytes, number);
         }
-        let candidates = &self.state.candidates[..self.state.candidates.len().min(MAX_CANDIDATES)];
-        varint::put(&mut bytes, candidates.len() as u64);
-        for candidate in candidates {
-            bytes.push(kind_byte(candidate.kind));
-            match candidate.address.ip() {
+        let listening = self.state.listening.iter().take(MAX_LISTENING).map(|address| (LISTENING, *address));
+        let most = MAX_CANDIDATES - listening.len();
+        let candidates = self.state.candidates.iter().take(most);
+        let candidates = candidates.map(|candidate| (kind_byte(candidate.kind), candidate.address));
+        varint::put(&mut bytes, (candidates.len() + listening.len()) as u64);
+        for (kind, address) in candidates.chain(listening) {
+            bytes.push(kind);
+            match address.ip() {
                 IpAddr::V4(ip) => {
                     bytes.push(6);
                     bytes.extend(ip.octets());
@@ -86,7 +119,7 @@ impl CandidateMessage {
                     bytes.extend(ip.octets());
                 }
             }
-            bytes.extend(candidate.address.port().to_be_bytes());
+            bytes.extend(address.port().to_be_bytes());
         }
         bytes
     }
@@ -107,18 +140,31 @@ impl CandidateMessage {
         if count > MAX_CANDIDATES as u64 {
             return Err(InvalidMessage::TooManyCandidates);
         }
-        let mut candidates = Vec::new();
+        let (mut candidates, mut listening) = (Vec::new(), Vec::new());
         for _ in 0..count {
             let [kind, length] = take(&mut rest)?;
             let (body, tail) = rest.split_at_checked(length.into()).ok_or(InvalidMessage::Truncated)?;
             rest = tail;
-            candidates.extend(candidate(kind, body));
+            match kind {
+                LISTENING if listening.len() < MAX_LISTENING => listening.extend(transport_address(body)),
+                _ => candidates.extend(candidate(kind, body)),
+            }
         }
+        let mapping =
+            Mapping::ALL.into_iter().find(|known| mapping_bits(*known) == flags >> MAPPING_SHIFT & 3);
         Ok(Self {
             sequence,
             acknowledged,
             want_acknowledgement: flags & WANT_ACKNOWLEDGEMENT != 0,
-            state: State { round, want_round: flags & WANT_ROUND != 0, candidates },
+            state: State {
+                round,
+                want_round: flags & WANT_ROUND != 0,
+                mapping: mapping.unwrap_or_default(),
+                careful: flags & CAREFUL != 0,
+                open: flags & OPEN != 0,
+                candidates,
+                listening,
+            },
         })
     }
 }
@@ -134,15 +180,28 @@ fn number(bytes: &mut &[u8]) -> Result<u64, InvalidMessage> {
 }
 
 fn candidate(kind: u8, body: &[u8]) -> Option<Candidate> {
-    use CandidateKind::{Host, PeerReflexive, Predicted, ServerReflexive};
-    let all = [Host, ServerReflexive, PeerReflexive, Predicted];
+    use CandidateKind::{Host, Mapped, PeerReflexive, Predicted, ServerReflexive};
+    let all = [Host, ServerReflexive, PeerReflexive, Predicted, Mapped];
     let kind = all.into_iter().find(|known| kind_byte(*known) == kind)?;
+    Some(Candidate { kind, address: transport_address(body)? })
+}
+
+fn transport_address(body: &[u8]) -> Option<SocketAddr> {
     let (ip, port) = body.split_last_chunk()?;
     let ip = <[u8; 4]>::try_from(ip)
         .map(IpAddr::from)
         .or_else(|_| <[u8; 16]>::try_from(ip).map(IpAddr::from))
         .ok()?;
-    Some(Candidate { kind, address: SocketAddr::new(ip, u16::from_be_bytes(*port)) })
+    Some(SocketAddr::new(ip, u16::from_be_bytes(*port)))
+}
+
+fn mapping_bits(mapping: Mapping) -> u8 {
+    match mapping {
+        Mapping::Unknown => 0,
+        Mapping::Independent => 1,
+        Mapping::Sequential => 2,
+        Mapping::Random => 3,
+    }
 }
 
 fn kind_byte(kind: CandidateKind) -> u8 {
@@ -151,6 +210,7 @@ fn kind_byte(kind: CandidateKind) -> u8 {
         CandidateKind::ServerReflexive => 1,
         CandidateKind::PeerReflexive => 2,
         CandidateKind::Predicted => 3,
+        CandidateKind::Mapped => 5,
     }
 }
 
@@ -168,10 +228,15 @@ mod tests {
             state: State {
                 round: 2,
                 want_round: true,
+                mapping: Mapping::Random,
+                careful: true,
+                open: true,
                 candidates: vec![
                     candidate(CandidateKind::Host, "192.0.2.1:40000"),
                     candidate(CandidateKind::ServerReflexive, "[2001:db8::1]:443"),
+                    candidate(CandidateKind::Mapped, "192.0.2.3:40000"),
                 ],
+                listening: vec!["192.0.2.1:40001".parse().expect("an address")],
             },
         }
     }
@@ -179,14 +244,17 @@ mod tests {
     #[test]
     fn bytes_are_locked() {
         let bytes = [
-            0x01, 0x03, // format 1 · flags: round wanted, acknowledgement wanted
+            0x01,
+            0x3f, // format 1 · flags: round and acknowledgement wanted, random ports, careful, open
             0x05, // sequence 5
             0x41, 0x2c, // acknowledged 300
             0x02, // round 2
-            0x02, // two candidates
+            0x04, // four candidates
             0x00, 0x06, 192, 0, 2, 1, 0x9c, 0x40, // host, 6 bytes: 192.0.2.1:40000
             0x01, 0x12, // server-reflexive, 18 bytes
-            0x20, 0x01, 0x0d, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x01, 0x01, 0xbb,
+            0x20, 0x01, 0x0d, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x01, 0x01, 0xbb, 0x05, 0x06, 192, 0, 2,
+            3, 0x9c, 0x40, // mapped
+            0x04, 0x06, 192, 0, 2, 1, 0x9c, 0x41, // TCP
         ];
         assert_eq!(sample().encode(), bytes);
         assert_eq!(CandidateMessage::decode(&bytes), Ok(sample()));
@@ -214,11 +282,14 @@ mod tests {
         let bytes = message.encode();
         assert!(bytes.len() <= MAX_MESSAGE);
         let decoded = CandidateMessage::decode(&bytes).expect("a message");
-        assert_eq!(decoded.state.candidates.len(), MAX_CANDIDATES);
+        assert_eq!(decoded.state.candidates.len(), MAX_CANDIDATES - 1);
+        message.state.listening = vec![message.state.listening[0]; 100];
+        let decoded = CandidateMessage::decode(&message.encode()).expect("a message");
+        assert_eq!(decoded.state.listening.len(), MAX_LISTENING);
     }
 
     prop_compose! {
-        fn any_candidate()(kind in 0u8..4, v6: bool, ip: [u8; 16], port: u16) -> Candidate {
+        fn any_candidate()(kind in prop::sample::select(&[0u8, 1, 2, 3, 5][..]), v6: bool, ip: [u8; 16], port: u16) -> Candidate {
             let mut body = if v6 { ip.to_vec() } else { ip[..4].to_vec() };
             body.extend(port.to_be_bytes());
             candidate(kind, &body).expect("a candidate")
@@ -228,10 +299,13 @@ mod tests {
     prop_compose! {
         fn any_message()(
             sequence in 0..=varint::MAX, acknowledged in 0..=varint::MAX, round in 0..=varint::MAX,
-            want_round: bool, want_acknowledgement: bool,
-            candidates in prop::collection::vec(any_candidate(), 0..=MAX_CANDIDATES),
+            want_round: bool, want_acknowledgement: bool, careful: bool, open: bool,
+            mapping in prop::sample::select(&Mapping::ALL[..]),
+            candidates in prop::collection::vec(any_candidate(), 0..=MAX_CANDIDATES - MAX_LISTENING),
+            listening in prop::collection::vec(any_candidate(), 0..=MAX_LISTENING),
         ) -> CandidateMessage {
-            let state = State { round, want_round, candidates };
+            let listening = listening.into_iter().map(|candidate| candidate.address).collect();
+            let state = State { round, want_round, mapping, careful, open, candidates, listening };
             CandidateMessage { sequence, acknowledged, want_acknowledgement, state }
         }
     }

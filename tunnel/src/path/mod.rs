@@ -8,10 +8,12 @@
 //! | `gather` | asks STUN servers for the server-reflexive addresses, and predicts a NAT's next ones |
 //! | `exchange` | keeps sending our candidates until the peer has them |
 //! | `checklist` | candidate pairs and what each sends next |
+//! | `probing` | many-socket probing, for a NAT with random ports |
 //! | `check` | connectivity checks on the wire |
 //! | [`stun`] | STUN that needs no state: demultiplexing, the server's answer |
 //! | `message` | the candidate message on the wire |
 //! | `candidate` | [`Candidate`], its kind and priority |
+//! | `local` | [`LocalSocket`] and [`Path`] |
 //! | `budget`, `random` | the bound on what is sent; deterministic randomness |
 //!
 //! # How a path is found
@@ -23,7 +25,9 @@
 //! one of that size back, and a path that carried both is [`Event::Confirmed`]. So an address is
 //! confirmed only when datagrams of QUIC's smallest size have passed in both directions.
 //!
-//! There is one local socket, so a pair is told by its remote address alone.
+//! Every other round after a failure is a **careful** one: with a socket of its own at each end, which no router knows of yet,
+//! and openers first (`checklist`). It finds a way past routers that answer what comes too early, and past whatever an earlier
+//! round has left behind in a NAT. Where one end's NAT takes random ports and the other's does not, the ends **probe** (`probing`).
 
 mod agent;
 mod budget;
@@ -33,7 +37,9 @@ mod checklist;
 mod exchange;
 mod gather;
 pub mod handshake;
+mod local;
 mod message;
+mod probing;
 mod random;
 mod schedule;
 pub mod stun;
@@ -42,4 +48,7 @@ pub use agent::{Config, Confirmed, Event, PathAgent, Transmit};
 pub use candidate::{Candidate, CandidateKind};
 pub use check::{Credentials, FULL_SIZE, IceRole, InvalidCredentials};
 pub use checklist::{CandidatePair, CheckState};
+pub use gather::Mapping;
+pub use local::{LocalSocket, Path};
 pub use message::{InvalidMessage, MAX_CANDIDATES, MAX_MESSAGE};
+pub use probing::PROBES;

@@ -1,14 +1,15 @@
-//! Policy of the controlling side: when the next round starts. Mechanism is elsewhere.
+//! Policy of the controlling side: when the next round starts, and of which kind it is. Mechanism is elsewhere.
 
 use std::time::{Duration, Instant};
 
 /// How long to wait after one failure, two, and so on. Someone on the relay whose firewall opens moves
 /// up within some 15 s in the first minutes; later a minute is the price of leaving a hopeless network
-/// alone. Rounds last 5 s themselves.
-const PATIENCE: [Duration; 11] = [
+/// alone. Rounds last up to 5 s themselves.
+const PATIENCE: [Duration; 12] = [
     Duration::ZERO,
     Duration::from_secs(2),
     Duration::from_secs(5),
+    Duration::from_secs(8),
     Duration::from_secs(8),
     Duration::from_secs(8),
     Duration::from_secs(8),
@@ -18,10 +19,19 @@ const PATIENCE: [Duration; 11] = [
     Duration::from_secs(25),
     Duration::from_secs(45),
 ];
+/// How long a path is left alone that was left for a better way, once, twice, and so on. It came up each time: it is not for
+/// want of a path that this takes longer.
+const POOR_PATIENCE: [Duration; 5] = [
+    Duration::from_secs(15),
+    Duration::from_secs(60),
+    Duration::from_secs(300),
+    Duration::from_secs(900),
+    Duration::from_secs(3600),
+];
 /// A wait is longer by up to this part of itself, so that many sessions do not fall into step.
 const JITTER_PARTS: u32 = 8;
 /// A path that lasted this long was a good one: its loss says nothing about the next.
-const GOOD_PATH: Duration = Duration::from_secs(30);
+pub(super) const GOOD_PATH: Duration = Duration::from_secs(30);
 /// A confirmed path that carries nothing after this time is a failure: QUIC did not get through.
 const UNUSED: Duration = Duration::from_secs(15);
 
@@ -29,6 +39,8 @@ const UNUSED: Duration = Duration::from_secs(15);
 pub(super) struct Schedule {
     state: State,
     failures: usize,
+    /// How often a path was left for a better way.
+    left: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,7 +62,7 @@ pub(super) enum Due {
 impl Schedule {
     /// The first round starts at once.
     pub(super) fn new(now: Instant) -> Self {
-        Self { state: State::Waiting { until: now }, failures: 0 }
+        Self { state: State::Waiting { until: now }, failures: 0, left: 0 }
     }
 
     /// When [`Self::poll`] has something to say.
@@ -79,10 +91,21 @@ impl Schedule {
         self.state = State::InUse { since: now };
     }
 
+    /// The next round should be a careful one: every other one after a failure.
+    pub(super) fn is_careful(&self) -> bool {
+        self.failures % 2 == 1
+    }
+
     /// A round found nothing, or what it found was no use. Means nothing while a path is in use.
     pub(super) fn failed(&mut self, now: Instant, jitter: u64) {
-        if !matches!(self.state, State::InUse { .. }) {
-            self.fail(now, jitter);
+        match self.state {
+            State::InUse { .. } => {}
+            // A careful one may find what an ordinary one could not.
+            State::Running if self.failures == 0 => {
+                self.failures = 1;
+                self.state = State::Waiting { until: now };
+            }
+            _ => self.fail(now, jitter),
         }
     }
 
@@ -99,9 +122,26 @@ impl Schedule {
         }
     }
 
+    /// The path worked, and another way is better.
+    pub(super) fn poor(&mut self, now: Instant, jitter: u64) {
+        self.failures = 0;
+        let patience = POOR_PATIENCE[self.left.min(POOR_PATIENCE.len() - 1)];
+        self.left += 1;
+        self.state = State::Waiting { until: later(now, patience, jitter) };
+    }
+
+    /// The peer was away: rounds without it say nothing.
+    pub(super) fn peer_is_back(&mut self, now: Instant) {
+        if std::mem::take(&mut self.failures) > 0
+            && let State::Waiting { until } = &mut self.state
+        {
+            *until = now.min(*until);
+        }
+    }
+
     /// An end is on another network now: failures of the past mean nothing.
     pub(super) fn network_changed(&mut self, now: Instant) {
-        self.failures = 0;
+        (self.failures, self.left) = (0, 0);
         if let State::Waiting { until } = &mut self.state {
             *until = now.min(*until);
         }
@@ -114,9 +154,12 @@ impl Schedule {
 
     fn wait(&mut self, now: Instant, jitter: u64) {
         let patience = PATIENCE[self.failures.min(PATIENCE.len() - 1)];
-        let jitter = (jitter % 1024) as u32;
-        self.state = State::Waiting { until: now + patience + patience / JITTER_PARTS * jitter / 1024 };
+        self.state = State::Waiting { until: later(now, patience, jitter) };
     }
+}
+
+fn later(now: Instant, patience: Duration, jitter: u64) -> Instant {
+    now + patience + patience / JITTER_PARTS * (jitter % 1024) as u32 / 1024
 }
 
 #[cfg(test)]
@@ -173,7 +216,7 @@ mod tests {
             waits.push((due - now).as_secs());
             now = due;
         }
-        assert_eq!(waits, [2, 5, 8, 8, 8, 8, 8, 15, 25, 45, 45, 45]);
+        assert_eq!(waits, [2, 5, 8, 8, 8, 8, 8, 8, 15, 25, 45, 45]);
     }
 
     #[test]
@@ -188,11 +231,30 @@ mod tests {
     }
 
     #[test]
+    fn a_path_that_was_left_is_tried_later_and_later() {
+        let mut now = Instant::now();
+        let mut schedule = Schedule::new(now);
+        let mut waits = Vec::new();
+        for _ in 0..6 {
+            schedule.started();
+            schedule.confirmed(now);
+            schedule.in_use(now);
+            // Although it lasted.
+            now += GOOD_PATH * 2;
+            schedule.poor(now, 0);
+            let due = schedule.due().expect("another round");
+            waits.push((due - now).as_secs());
+            now = due;
+        }
+        assert_eq!(waits, [15, 60, 300, 900, 3600, 3600]);
+    }
+
+    #[test]
     fn another_network_another_try() {
         let start = Instant::now();
         let mut schedule = Schedule::new(start);
         (0..20).for_each(|_| schedule.failed(start, 0));
-        assert_eq!(schedule.due(), Some(start + PATIENCE[10]));
+        assert_eq!(schedule.due(), Some(start + PATIENCE[11]));
         schedule.network_changed(start);
         assert_eq!(schedule.due(), Some(start));
         schedule.in_use(start);

@@ -31,6 +31,8 @@ const ACK_SPACING: Duration = Duration::from_millis(1);
 const ACK_BYTES: u64 = 32 * 1024;
 /// What may be on the way before anything is known of the line, and at least.
 const MIN_FLIGHT: u64 = 128 * 1024;
+/// What may be on the way before the other end has said hello: a request, a banner.
+const FIRST_WORDS: u64 = 16 * 1024;
 /// A delivery rate is taken over at least this long, and over a round trip, so that one burst is not taken
 /// for a rate.
 const RATE_SAMPLE: Duration = Duration::from_millis(10);
@@ -128,6 +130,9 @@ impl Carrier {
         if self.kind.is_multiplexed() {
             return u64::MAX;
         }
+        if !self.hello_received {
+            return FIRST_WORDS.saturating_sub(self.sent);
+        }
         let round_trip = self.rtt.map_or(Duration::ZERO, |rtt| rtt.min);
         // Twice the time until an acknowledgement is back, so that what is measured can grow.
         let time = 2 * (round_trip + ACK_DELAY);
@@ -216,6 +221,14 @@ impl Carrier {
     pub(super) fn probe_now(&mut self, now: Instant) {
         if self.pinged.is_none() {
             self.probe_at = Some(now);
+        }
+    }
+
+    /// The session sends on this carrier from now on. A round trip is not measured before the other end is there.
+    pub(super) fn first_probe(&mut self, now: Instant) {
+        if self.hello_received {
+            self.schedule_probe(now, true);
+            self.probe_now(now);
         }
     }
 

@@ -329,6 +329,10 @@ impl Session {
         let id = CarrierId(self.next_carrier);
         self.next_carrier += 1;
         self.carriers.insert(id, Carrier::new(now, kind));
+        if self.active.is_none() {
+            // Streams need not wait for the other end's hello where it can say nothing new.
+            self.choose(now, Reason::Opened);
+        }
         self.wake(id);
         id
     }
@@ -686,12 +690,17 @@ impl Session {
             self.nomination += 1;
         }
         let nomination = self.nomination;
+        // What went to nobody yet is said here.
+        let unheard =
+            before.filter(|it| self.carriers.get(it).is_some_and(|carrier| !carrier.hello_received));
+        if let Some(unheard) = unheard {
+            self.requeue(unheard);
+        }
         if let Some(carrier) = self.carriers.get_mut(&id) {
             if self.end == End::Technician {
                 carrier.nominate = Some(nomination);
             }
-            carrier.schedule_probe(now, true);
-            carrier.probe_now(now);
+            carrier.first_probe(now);
         }
         self.events.push_back(Event::Active { carrier: id, reason });
         self.wake(id);
@@ -758,5 +767,51 @@ impl Session {
         if let Some(id) = self.active {
             self.wake(id);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// All that this end says on its carrier now, as bytes.
+    fn say(session: &mut Session, now: Instant, carrier: CarrierId) -> Bytes {
+        let mut said = Vec::new();
+        while let Some(transmit) = session.poll_transmit(now, carrier, Lane::Control) {
+            said.extend([&transmit.head[..], &transmit.payload].concat());
+        }
+        said.into()
+    }
+
+    #[test]
+    fn the_technicians_first_words_go_with_its_hello() {
+        let (now, id) = (Instant::now(), SessionId([1; 16]));
+        let mut technician = Session::new(End::Technician, id, 1, Config::default());
+        let mut agent = Session::new(End::Agent, id, 2, Config::default());
+        let target: Target = "127.0.0.1:22".parse().expect("a target");
+        let stream = technician.open(target.clone()).expect("opens");
+        let fits = technician.writable(stream).expect("it is open");
+        technician.write(stream, vec![7; fits.min(100_000)].into()).expect("writes");
+        let [one, other] = [&mut technician, &mut agent].map(|end| end.attach(now, CarrierKind::Relay));
+        let said = say(&mut technician, now, one);
+        let first = said.len();
+        // No more than a request, as long as nobody knows the line.
+        assert!((10_000..20_000).contains(&first), "{first} bytes");
+
+        agent.receive(now, other, Lane::Control, said).expect("makes sense");
+        let events: Vec<Event> = std::iter::from_fn(|| agent.poll_event()).collect();
+        let incoming = Event::Incoming { stream, target };
+        assert!(events.contains(&incoming) && events.contains(&Event::Ready(other)), "{events:?}");
+        agent.accept(stream).expect("it is there");
+        let mut read = 0;
+        while let Some(bytes) = agent.read(now, stream, 4096).expect("it is open") {
+            read += bytes.len();
+        }
+        assert!(read > 10_000, "{read} bytes");
+
+        // The agent's hello opens the rest of the way; an agent itself says nothing before it knows the technician.
+        technician.receive(now, one, Lane::Control, say(&mut agent, now, other)).expect("makes sense");
+        let rest = say(&mut technician, now, one).len();
+        assert!(rest > 10_000 && first + rest > fits, "{first} and {rest} bytes of {fits}");
     }
 }

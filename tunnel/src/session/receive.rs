@@ -147,6 +147,7 @@ impl Session {
     }
 
     fn on_hello(&mut self, now: Instant, id: CarrierId, hello: Hello) -> Result<(), PeerMisbehaved> {
+        let in_use = self.active == Some(id);
         let Some(carrier) = self.carriers.get_mut(&id) else { return Ok(()) };
         if carrier.hello_received || hello.session != self.id || hello.instance == 0 {
             return Err(PeerMisbehaved::Hello);
@@ -161,7 +162,7 @@ impl Session {
             return Ok(());
         }
         self.peer_instance = Some(hello.instance);
-        carrier.schedule_probe(now, false);
+        carrier.schedule_probe(now, in_use);
         carrier.probe_now(now);
         for position in hello.positions {
             self.on_window(now, position)?;

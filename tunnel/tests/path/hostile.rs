@@ -3,7 +3,9 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use adit_tunnel::path::{Event, FULL_SIZE, IceRole, InvalidMessage, PathAgent, Transmit, stun};
+use adit_tunnel::path::{
+    Event, FULL_SIZE, IceRole, InvalidMessage, LocalSocket, PROBES, Path, PathAgent, Transmit, stun,
+};
 use proptest::prelude::*;
 use proptest::sample::Index;
 
@@ -69,8 +71,66 @@ fn a_peer_cannot_make_a_flood() {
             messages += usize::from(matches!(event, Event::Message(_)));
         }
     }
-    assert!((600..=700).contains(&datagrams), "{datagrams} datagrams in a minute");
+    assert!((750..=850).contains(&datagrams), "{datagrams} datagrams in a minute");
     assert!(messages <= 6_000);
+}
+
+/// What this end's shell and two STUN servers do: answer, and let it probe. Where all that goes that is for nobody else.
+fn answered_by_servers(agent: &mut PathAgent, now: Instant, seen_at: SocketAddr) -> Vec<SocketAddr> {
+    let servers = config(IceRole::Controlled, 1).stun_servers;
+    let mut others = Vec::new();
+    for Transmit { socket, destination, payload, .. } in transmits(agent) {
+        if !servers.contains(&destination) {
+            others.push(destination);
+        } else if let Some(answer) = stun::binding_response(&payload, seen_at) {
+            agent.handle_datagram(now, socket, destination, &answer);
+        }
+    }
+    while let Some(event) = agent.poll_event() {
+        if matches!(event, Event::ProbingWanted) {
+            agent.start_probing(now);
+        }
+    }
+    others
+}
+
+/// A peer says that its NAT takes random ports and that its sockets are open, and names a victim's addresses: the many
+/// datagrams of probing go where the mediator has seen the peer, and no more of them than one try has.
+#[test]
+fn who_lies_about_its_nat_aims_us_at_nobody() {
+    let (start, mut agent) = agent(IceRole::Controlled, 1);
+    let seen = SocketAddr::from(([198, 51, 100, 66], 40_000));
+    let victim = SocketAddr::from(([203, 0, 113, 7], 7));
+    agent.add_peer_seen(start, seen);
+    let (mut to_peer, mut to_victim, mut tries) = (0, 0, 0);
+    let (mut round, mut number) = (0, 0);
+    for step in 0..6_000u32 {
+        let now = start + Duration::from_millis(10) * step;
+        if step % 20 == 0 {
+            // Another careful round each two seconds, and what it takes to be believed.
+            round += u16::from(step % 200 == 0);
+            number += 1;
+            let mut lie = message(number, &[victim]);
+            lie[1] = 0b11_1110;
+            let acknowledged = step / 20 % 10;
+            lie[4] = acknowledged as u8;
+            lie[5..7].copy_from_slice(&(0x4000 | round).to_be_bytes());
+            agent.handle_message(now, &lie).expect("a good message");
+        }
+        agent.handle_timeout(now);
+        let was_probing = agent.is_probing();
+        for destination in answered_by_servers(&mut agent, now, ([192, 0, 2, 2], 40_000).into()) {
+            to_peer += usize::from(destination.ip() == seen.ip());
+            to_victim += usize::from(destination == victim);
+            assert!([seen.ip(), victim.ip()].contains(&destination.ip()), "to {destination}");
+        }
+        tries += usize::from(!was_probing && agent.is_probing());
+    }
+    println!("{tries} tries, {to_peer} datagrams to the peer, {to_victim} to the victim in a minute");
+    assert!((1..=4).contains(&tries), "{tries} tries in a minute");
+    assert!(to_peer <= tries * PROBES as usize + 800, "{to_peer} datagrams to the peer");
+    // What checks are for: named addresses, within the budget.
+    assert!(to_victim <= 300, "{to_victim} datagrams to the victim");
 }
 
 #[test]
@@ -87,12 +147,12 @@ fn a_check_is_answered_and_checked_back() {
     let (now, mut agent) = agent(IceRole::Controlled, 1);
     transmits(&mut agent);
     let source = PEER.into();
-    assert!(agent.handle_datagram(now, source, &checks(1)[0]));
+    assert!(agent.handle_datagram(now, LocalSocket::DEVICE, source, &checks(1)[0]));
     let sent = transmits(&mut agent);
     assert!(sent.iter().any(|sent| sent.destination == source && stun::local_ufrag(&sent.payload).is_none()));
     assert!(sent.iter().any(|sent| sent.destination == source && stun::local_ufrag(&sent.payload).is_some()));
     assert!(sent.iter().all(|sent| sent.payload.len() < FULL_SIZE), "nothing of full size before it answers");
-    assert!(!agent.is_confirmed(source));
+    assert!(!agent.is_confirmed(Path::to(source)));
 }
 
 #[test]
@@ -101,7 +161,7 @@ fn two_that_both_control_leave_it_at_that() {
     let mut config = config(IceRole::Controlled, 2);
     config.role = IceRole::Controlling;
     let mut other = PathAgent::new(now, config);
-    assert!(other.handle_datagram(now, PEER.into(), &checks(1)[0]));
+    assert!(other.handle_datagram(now, LocalSocket::DEVICE, PEER.into(), &checks(1)[0]));
     let refusal = transmits(&mut other).into_iter().find(|sent| sent.destination == PEER.into());
     let refusal = refusal.expect("an answer").payload;
     assert_eq!((&refusal[..2], &refusal[26..28]), (&[0x01, 0x11][..], &[4, 87][..]));
@@ -113,7 +173,7 @@ fn what_is_for_others_is_left_to_them() {
     let ours = stun::binding_request([1; 12]);
     let response = stun::binding_response(&ours, PEER.into()).expect("a response");
     for datagram in [&ours[..], &response, &[0xc0; 1200], &[], &checks(1)[0]] {
-        assert!(!technician.handle_datagram(now, PEER.into(), datagram));
+        assert!(!technician.handle_datagram(now, LocalSocket::DEVICE, PEER.into(), datagram));
     }
     assert_eq!(technician.handle_message(now, &[]), Err(InvalidMessage::Truncated));
 }
@@ -136,13 +196,13 @@ proptest! {
             match what {
                 0 => drop(agent.handle_message(now, &noise)),
                 1 => drop(agent.handle_message(now, &message(u16::from(ip[0]), &[(ip, 9).into()]))),
-                2 => drop(agent.handle_datagram(now, (ip, 9).into(), &noise)),
+                2 => drop(agent.handle_datagram(now, LocalSocket::DEVICE, (ip, 9).into(), &noise)),
                 _ => {
                     let mut datagram = good[0].clone();
                     let at = at.index(datagram.len());
                     let end = datagram.len().min(at + noise.len());
                     datagram[at..end].copy_from_slice(&noise[..end - at]);
-                    agent.handle_datagram(now, (ip, 9).into(), &datagram);
+                    agent.handle_datagram(now, LocalSocket::DEVICE, (ip, 9).into(), &datagram);
                 }
             }
             agent.handle_timeout(now);

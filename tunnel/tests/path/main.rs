@@ -4,10 +4,12 @@ mod hostile;
 mod nat;
 mod world;
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use adit_tunnel::path::CandidateKind;
+use adit_tunnel::path::{CandidateKind, PROBES, Path};
 use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
 
 use nat::Kind;
 use world::{Link, World};
@@ -20,17 +22,16 @@ const fn seconds(count: u64) -> Duration {
     Duration::from_secs(count)
 }
 
-/// Which pairs must become direct. Whatever a symmetric NAT does to its ports, its first datagram gets
-/// through to an end that does not filter; one that does waits for the wrong port, unless that can be predicted.
+/// Which pairs must become direct: all but those in which both NATs have another port for each destination.
 fn becomes_direct(one: Kind, other: Kind) -> bool {
-    let filters =
-        |kind| matches!(kind, Kind::Firewall | Kind::PortRestricted | Kind::Symmetric | Kind::Sequential);
-    match (one, other) {
-        (Kind::Blocked, _) | (_, Kind::Blocked) => false,
-        (Kind::Symmetric, other) | (other, Kind::Symmetric) => !filters(other),
-        (Kind::Sequential, Kind::Sequential) => false,
-        _ => true,
-    }
+    let depends = |kind| matches!(kind, Kind::Symmetric | Kind::Sequential);
+    one != Kind::Blocked && other != Kind::Blocked && !(depends(one) && depends(other))
+}
+
+/// Whether only many sockets help: one NAT takes random ports, and the other end's lets nobody in whom it did not ask for.
+fn needs_probing(one: Kind, other: Kind) -> bool {
+    let filters = |kind| matches!(kind, Kind::Firewall | Kind::PortRestricted | Kind::Rejecting);
+    (one == Kind::Symmetric && filters(other)) || (other == Kind::Symmetric && filters(one))
 }
 
 #[test]
@@ -42,11 +43,31 @@ fn every_pair_of_nats() {
             let expected = becomes_direct(technician, agent);
             assert_eq!(took.is_some(), expected, "{technician:?} x {agent:?}: {took:?}");
             if let Some(took) = took {
-                let sequential = [technician, agent].contains(&Kind::Sequential);
-                let most = millis(if sequential { 400 } else { 250 });
+                let has = |kind| [technician, agent].contains(&kind);
+                let most = millis(match () {
+                    () if needs_probing(technician, agent) => 6_000,
+                    () if has(Kind::Rejecting) => 2_000,
+                    () if has(Kind::Sequential) => 400,
+                    () => 250,
+                });
                 assert!(took <= most, "{technician:?} x {agent:?} took {took:?}");
-                assert_eq!(world.agent.refused_initials, 0, "{technician:?} x {agent:?}");
+                // What came in by probing is checked once more first.
+                let refused = if needs_probing(technician, agent) { 2 } else { 0 };
+                assert!(world.agent.refused_initials <= refused, "{technician:?} x {agent:?}");
             }
+        }
+    }
+}
+
+#[test]
+fn many_sockets_are_not_tried_where_that_is_turned_off() {
+    for (technician, agent) in [(Kind::Symmetric, Kind::PortRestricted), (Kind::Firewall, Kind::Symmetric)] {
+        let mut world = World::without_probing(technician, agent, 1);
+        world.run_for(seconds(300));
+        assert!(!world.is_direct());
+        for end in [&world.technician, &world.agent] {
+            assert_eq!(end.probed, 0);
+            assert!(end.datagrams < 200 + 15 * 300, "{} datagrams", end.datagrams);
         }
     }
 }
@@ -91,7 +112,7 @@ fn ipv6_comes_and_goes() {
     });
     assert!(moved.is_some_and(|took| took <= seconds(2)), "{moved:?}");
     // No common version but IPv6, after a time.
-    let mut world = World::new(Kind::Symmetric, Kind::PortRestricted, 1);
+    let mut world = World::new(Kind::Symmetric, Kind::Symmetric, 1);
     world.run_for(seconds(300));
     assert!(!world.is_direct());
     world.gain_ipv6(0);
@@ -109,6 +130,63 @@ fn neighbours_use_the_lan() {
         assert_eq!(confirmed.remote.address, world.agent.address);
         assert_eq!((confirmed.local.kind, confirmed.remote.kind), (CandidateKind::Host, CandidateKind::Host));
         assert_eq!(confirmed.rtt, millis(2));
+    }
+}
+
+#[test]
+fn isolated_neighbours_need_a_router_that_hairpins() {
+    for kind in [Kind::FullCone, Kind::PortRestricted, Kind::Symmetric] {
+        for hairpins in [false, true] {
+            let mut world = World::on_one_network(kind, 1);
+            world.are_isolated = true;
+            world.nats[0].hairpins = hairpins;
+            let took = world.run_while_not(seconds(20), World::is_direct);
+            let is_likely = hairpins && kind != Kind::Symmetric;
+            assert_eq!(took.is_some_and(|took| took <= millis(500)), is_likely, "{kind:?}: {took:?}");
+            assert!(took.is_some() == is_likely, "{kind:?}: {took:?}");
+        }
+    }
+}
+
+/// Pairs that would stay on the relay, or be long in coming.
+#[test]
+fn a_port_that_a_router_keeps_makes_it_easy() {
+    for (technician, agent) in [
+        (Kind::Symmetric, Kind::Symmetric),
+        (Kind::Sequential, Kind::Symmetric),
+        (Kind::Symmetric, Kind::PortRestricted),
+        (Kind::Rejecting, Kind::Symmetric),
+    ] {
+        for (index, at) in [(0, 0), (1, 0), (0, 700), (1, 700), (0, 60_000), (1, 60_000)] {
+            let mut world = World::new(technician, agent, 1);
+            let early = world.run_while_not(millis(at), World::is_direct);
+            world.map_port(index);
+            let took = world.run_while_not(seconds(10), World::is_direct).or(early);
+            let what = format!("{technician:?} x {agent:?}, end {index} at {at} ms: {took:?}");
+            assert!(took.is_some_and(|took| early.is_some() || took <= millis(1_500)), "{what}");
+        }
+    }
+}
+
+/// The mediator tells where a careful round's socket is before the peer's message tells of the round: a check that goes there
+/// at once occupies a port of a NAT that remembers what it rejects.
+#[test]
+fn what_the_mediator_saw_spoils_no_careful_round() {
+    for other in [Kind::PortRestricted, Kind::Rejecting, Kind::Sequential, Kind::Firewall] {
+        for (technician, agent) in [(Kind::Rejecting, other), (other, Kind::Rejecting)] {
+            for (internet, relay) in
+                [(100, 200), (100, 2_000), (5_000, 40_000), (20_000, 20_000), (2_000, 300)]
+            {
+                for seed in 0..10 {
+                    let mut world = World::new(technician, agent, seed);
+                    world.internet = Link::good(Duration::from_micros(internet));
+                    world.relay = Link::good(Duration::from_micros(relay));
+                    let took = world.run_while_not(seconds(10), World::is_direct);
+                    let what = format!("{technician:?} x {agent:?}, {internet} and {relay} us: {took:?}");
+                    assert!(took.is_some_and(|took| took <= millis(1_500)), "{what}");
+                }
+            }
+        }
     }
 }
 
@@ -161,6 +239,28 @@ fn both_nats_rebooted() {
         assert!(took.is_some_and(|took| took <= millis(1500)), "{took:?}");
         let after = world.technician.confirmed.last().expect("another path").1;
         assert_ne!((before.local, before.remote), (after.local, after.remote));
+    }
+}
+
+/// A laptop that slept, or SIGSTOP.
+#[test]
+fn an_end_that_did_not_run_for_ten_minutes() {
+    for (stopped, agent) in [(0, Kind::PortRestricted), (1, Kind::PortRestricted), (1, Kind::Firewall)] {
+        for seed in 0..20 {
+            let mut world = World::new(Kind::PortRestricted, agent, seed);
+            world.run_while_not(seconds(1), World::is_direct).expect("a direct path");
+            world.run_for(millis(seed * 137));
+            world.stop(stopped);
+            world.run_for(seconds(600));
+            // No NAT keeps a mapping for so long (RFC 4787 section 4.3).
+            world.nats.iter_mut().for_each(nat::Nat::reboot);
+            world.go_on();
+            let found = world.technician.confirmed.len();
+            let took = world.run_while_not(seconds(10), |world| {
+                world.is_direct() && world.technician.confirmed.len() > found
+            });
+            assert!(took.is_some_and(|took| took <= seconds(3)), "end {stopped}, seed {seed}: {took:?}");
+        }
     }
 }
 
@@ -245,14 +345,14 @@ fn one_end_alone_notices_the_loss() {
     for (rounds, agent) in [(2, true), (3, false)] {
         world.run_for(seconds(31));
         let end = if agent { &mut world.agent } else { &mut world.technician };
-        let remote = end.carrier_remote().expect("a carrier");
-        end.path.path_lost(world.now, remote, "reset");
+        let path = end.carrier_path().expect("a carrier");
+        end.path.path_lost(world.now, path, "reset");
         let found = world.run_while_not(seconds(1), |world| world.technician.confirmed.len() == rounds);
         assert!(found.is_some(), "agent: {agent}");
     }
     // Not about the path that is in use now:
     world.run_for(seconds(1));
-    world.technician.path.path_lost(world.now, ([192, 0, 2, 99], 1).into(), "late news");
+    world.technician.path.path_lost(world.now, Path::to(([192, 0, 2, 99], 1).into()), "late news");
     world.run_for(seconds(100));
     assert_eq!(world.technician.confirmed.len(), 3);
 }
@@ -264,7 +364,7 @@ fn the_agent_notices_late() {
         world.agent.silence = seconds(1000);
         world.run_while_not(seconds(1), World::is_direct).expect("a direct path");
         world.run_for(seconds(31));
-        let old = world.agent.carrier_remote().expect("a carrier");
+        let old = world.agent.carrier_path().expect("a carrier");
         world.carriers_pass = false;
         if rebooted {
             world.nats.iter_mut().for_each(nat::Nat::reboot);
@@ -272,7 +372,7 @@ fn the_agent_notices_late() {
         world.run_while_not(seconds(2), |world| world.agent.confirmed.len() == 2).expect("another round");
         // The old carrier, perhaps to the same address, is given up when the new path is there.
         world.agent.path.path_lost(world.now, old, "silent");
-        let new = world.agent.confirmed[1].1.remote.address;
+        let new = world.agent.confirmed[1].1.path();
         assert_eq!(new != old, rebooted);
         assert!(world.agent.path.is_confirmed(new));
         world.run_for(millis(100));
@@ -288,8 +388,8 @@ fn checks_that_are_faster_than_messages() {
     world.relay = Link::good(seconds(2));
     world.run_while_not(seconds(5), World::is_direct).expect("a direct path");
     world.run_for(seconds(31));
-    let remote = world.technician.carrier_remote().expect("a carrier");
-    world.technician.path.path_lost(world.now, remote, "broken");
+    let path = world.technician.carrier_path().expect("a carrier");
+    world.technician.path.path_lost(world.now, path, "broken");
     world.run_while_not(seconds(4), |world| world.technician.confirmed.len() == 2).expect("another round");
 }
 
@@ -310,8 +410,26 @@ fn hopeless_rounds_are_cheap() {
     world.run_for(seconds(3600));
     for end in [&world.technician, &world.agent] {
         assert!(end.failed.len() >= 60);
-        assert!(end.datagrams / end.failed.len() <= 40, "{} datagrams", end.datagrams);
+        assert!(end.datagrams / end.failed.len() <= 60, "{} datagrams", end.datagrams);
         assert!(end.messages / end.failed.len() <= 6, "{} messages", end.messages);
+    }
+}
+
+/// A router that gives a port and takes it away again, and the port is of no use.
+#[test]
+fn a_mapping_that_comes_and_goes_is_cheap() {
+    for index in [0, 1] {
+        let mut world = World::new(Kind::Symmetric, Kind::Symmetric, 1);
+        world.run_for(seconds(300));
+        let rounds = world.technician.failed.len();
+        for minute in 0..60 {
+            let end = if index == 0 { &mut world.technician } else { &mut world.agent };
+            let useless = [([203, 0, 113, 99], 9_000).into()];
+            end.path.set_mapped_addresses(world.now, if minute % 2 == 0 { &useless } else { &[] });
+            world.run_for(seconds(60));
+        }
+        let more = world.technician.failed.len() - rounds;
+        assert!((50..80).contains(&more), "{more} rounds in an hour, end {index}");
     }
 }
 
@@ -343,6 +461,23 @@ fn the_same_seed_the_same_life() {
     };
     assert_eq!(life(), life());
 }
+
+/// Worlds that are tried. `ADIT_WORLDS=1000000 cargo nextest run --release -p adit-tunnel on_lines_as_they_are` tries more.
+const WORLDS: u32 = match option_env!("ADIT_WORLDS") {
+    Some(count) => match u32::from_str_radix(count, 10) {
+        Ok(count) => count,
+        Err(_) => panic!("ADIT_WORLDS is a number"),
+    },
+    // With optimisation it is a matter of a minute.
+    None if cfg!(debug_assertions) => 5_000,
+    None => 100_000,
+};
+
+/// The same worlds each time. Another `ADIT_WORLDS` has others.
+const SEED: u64 = WORLDS as u64;
+
+/// Worlds in which luck was needed, and failed all the time.
+static UNLUCKY: AtomicU32 = AtomicU32::new(0);
 
 fn any_link(lost: u64) -> impl Strategy<Value = Link> {
     (0u64..300, 0u64..100, 0..=lost, 0u64..300).prop_map(|(latency, jitter, lost, doubled)| Link {
@@ -383,8 +518,8 @@ fn strike(world: &mut World, fault: Fault) {
         }
         Fault::Carrier(agents) => {
             let end = if agents { &mut world.agent } else { &mut world.technician };
-            if let Some(remote) = end.carrier_remote() {
-                end.path.path_lost(world.now, remote, "broken");
+            if let Some(path) = end.carrier_path() {
+                end.path.path_lost(world.now, path, "broken");
             }
         }
     }
@@ -406,7 +541,7 @@ fn a_path_that_is_confirmed_and_not_used_is_forgotten() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(500))]
+    #![proptest_config(ProptestConfig { cases: 500, rng_seed: RngSeed::Fixed(500), ..ProptestConfig::default() })]
 
     #[test]
     fn whatever_happened_before(
@@ -424,21 +559,33 @@ proptest! {
         let [technician, agent] = [world.nats[0].kind, world.nats[1].kind];
         // What is left of an old path goes silent.
         world.run_for(seconds(3));
-        let direct = world.run_while_not(seconds(150), World::is_direct).is_some();
+        // Every other round is a careful one, they are a minute apart in the end, and what they need to hear may be lost: of a
+        // hundred such worlds on a bad line one took 187 s and one 288.
+        let is_careful = [technician, agent].contains(&Kind::Rejecting);
+        let most = if is_careful { 400 } else { 150 };
+        let most = seconds(if needs_probing(technician, agent) { 2_000 } else { most });
+        let direct = world.run_while_not(most, World::is_direct).is_some();
         // A port is predicted from mappings to the servers. Those that are old say nothing of a destination that is new.
         let needs_prediction = |one: Kind, other: Kind| {
             one == Kind::Sequential && matches!(other, Kind::Firewall | Kind::PortRestricted)
         };
-        let excused = !direct && (needs_prediction(technician, agent) || needs_prediction(agent, technician));
+        let predicts = needs_prediction(technician, agent) || needs_prediction(agent, technician);
+        let excused = !direct && (predicts || needs_probing(technician, agent));
+        if excused {
+            let unlucky = UNLUCKY.fetch_add(1, Ordering::Relaxed) + 1;
+            prop_assert!(unlucky <= 5, "{unlucky} were not lucky: {technician:?} x {agent:?}");
+        }
         let expected = becomes_direct(technician, agent);
         prop_assert!(direct == expected || excused, "{technician:?} x {agent:?}: direct: {direct}");
-        let sent = world.technician.datagrams.max(world.agent.datagrams) as u64;
-        prop_assert!(sent <= 200 + 15 * world.elapsed().as_secs(), "{} datagrams", sent);
+        for end in [&world.technician, &world.agent] {
+            let most = 200 + 15 * world.elapsed().as_secs() + end.probed as u64 * u64::from(PROBES);
+            prop_assert!(end.datagrams as u64 <= most, "{} datagrams, {} tries", end.datagrams, end.probed);
+        }
     }
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(5_000))]
+    #![proptest_config(ProptestConfig { cases: WORLDS, rng_seed: RngSeed::Fixed(SEED), ..ProptestConfig::default() })]
 
     #[test]
     fn on_lines_as_they_are(
@@ -446,24 +593,51 @@ proptest! {
         agent in any_kind(),
         internet in any_link(100),
         relay in any_link(300),
+        mapped in prop::option::weighted(0.2, (0usize..2, 0u64..8_000)),
         seed: u64,
     ) {
         let mut world = World::new(technician, agent, seed);
         (world.internet, world.relay) = (internet, relay);
-        if becomes_direct(technician, agent) {
-            let took = world.run_while_not(seconds(60), World::is_direct);
+        // Public addresses need no port of a router.
+        let mapped = mapped.filter(|(index, _)| ![technician, agent][*index].is_public());
+        let is_blocked = [technician, agent].contains(&Kind::Blocked);
+        if let Some((index, at)) = mapped {
+            world.run_for(millis(at));
+            world.map_port(index);
+        }
+        if becomes_direct(technician, agent) || (mapped.is_some() && !is_blocked) {
+            // A try with many sockets works with a probability of 98 %, and the next ones come later and later. A port is
+            // predicted for one round in two, and what says so may be lost.
+            let has = |kind| [technician, agent].contains(&kind);
+            let needs_luck = mapped.is_none() && (needs_probing(technician, agent) || has(Kind::Sequential));
+            // Every other round is a careful one, and what it needs to hear in time may be lost.
+            let is_careful = has(Kind::Rejecting) && !has(Kind::Open) && !has(Kind::FullCone);
+            let most = seconds(if needs_luck { 900 } else if is_careful { 150 } else { 60 });
+            let took = world.run_while_not(most, World::is_direct);
             let failed = (&world.technician.failed, &world.agent.failed);
+            if took.is_none() && needs_luck {
+                let unlucky = UNLUCKY.fetch_add(1, Ordering::Relaxed) + 1;
+                prop_assert!(unlucky <= WORLDS / 2_000, "{unlucky} were not lucky; failed rounds: {failed:?}");
+                return Ok(());
+            }
             prop_assert!(took.is_some(), "failed rounds: {failed:?}");
             for (_, confirmed) in world.technician.confirmed.iter().chain(&world.agent.confirmed) {
                 prop_assert!(confirmed.rtt >= internet.latency * 2);
             }
             // Each end is where the other believes it to be.
-            let last = |end: &world::End| end.confirmed.last().expect("confirmed when it is in use").1;
-            let (technician, agent) = (last(&world.technician), last(&world.agent));
-            prop_assert_eq!(technician.local.address, agent.remote.address);
-            prop_assert_eq!(technician.remote.address, agent.local.address);
-            prop_assert_eq!(world.technician.carrier_remote(), Some(technician.remote.address));
-            prop_assert_eq!(world.agent.carrier_remote(), Some(agent.remote.address));
+            let used = |end: &world::End| {
+                let mut confirmed = end.confirmed.iter().rev().map(|(_, confirmed)| *confirmed);
+                let confirmed = confirmed.find(|confirmed| Some(confirmed.path()) == end.carrier_path());
+                confirmed.expect("confirmed when it is in use")
+            };
+            let (technician, agent) = (used(&world.technician), used(&world.agent));
+            prop_assert_eq!(technician.local.address.ip(), agent.remote.address.ip());
+            prop_assert_eq!(technician.remote.address.ip(), agent.local.address.ip());
+            // Two outside ports may lead to one end.
+            if mapped.is_none() {
+                prop_assert_eq!(technician.local.address.port(), agent.remote.address.port());
+                prop_assert_eq!(technician.remote.address.port(), agent.local.address.port());
+            }
         } else {
             prop_assert!(world.run_while_not(seconds(20), World::is_direct).is_none());
             prop_assert!(world.technician.confirmed.is_empty() && world.agent.confirmed.is_empty());

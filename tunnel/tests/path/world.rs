@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use adit_tunnel::path::{Config, Confirmed, Credentials, Event, IceRole, PathAgent, Transmit, stun};
+use adit_tunnel::path::{
+    Config, Confirmed, Credentials, Event, IceRole, LocalSocket, Path, PathAgent, Transmit, stun,
+};
 
 use crate::nat::{Kind, Nat};
 
@@ -49,9 +51,14 @@ pub(crate) struct World {
     pub(crate) agent: End,
     /// Longest datagram that gets from the technician to the agent, and back.
     pub(crate) longest: [usize; 2],
+    /// Neighbours do not reach each other but through their router.
+    pub(crate) are_isolated: bool,
     pub(crate) stun_answers: bool,
     /// Whether anything but STUN gets through.
     pub(crate) carriers_pass: bool,
+    stopped: Option<usize>,
+    /// Messages for the end that is stopped.
+    waiting: Vec<Delivery>,
 }
 
 enum Delivery {
@@ -65,6 +72,11 @@ enum Delivery {
     Message {
         to: usize,
         bytes: Vec<u8>,
+    },
+    /// The mediator has seen the other end there.
+    Seen {
+        to: usize,
+        address: SocketAddr,
     },
 }
 
@@ -80,6 +92,13 @@ pub(crate) struct End {
     pub(crate) silence: Duration,
     controlling: bool,
     carrier: Option<Carrier>,
+    /// The round and path of a carrier that was dialled before its path was confirmed.
+    early: Option<(u64, Path)>,
+    /// Open ones, beside the device's own. The n-th has the n-th port after the device's.
+    sockets: Vec<LocalSocket>,
+    /// Whether it may probe, and how often it did.
+    pub(crate) probing_is_free: bool,
+    pub(crate) probed: usize,
     pub(crate) confirmed: Vec<(Duration, Confirmed)>,
     pub(crate) failed: Vec<(u64, Duration)>,
     pub(crate) lost: usize,
@@ -89,8 +108,10 @@ pub(crate) struct End {
 }
 
 struct Carrier {
-    remote: SocketAddr,
+    path: Path,
     up: bool,
+    /// It sends datagrams of full size, as QUIC's handshake does at either end.
+    shaking: bool,
     heard: Instant,
     next_ping: Instant,
 }
@@ -111,6 +132,19 @@ impl World {
         world
     }
 
+    /// Neither end may try many sockets.
+    pub(crate) fn without_probing(technician: Kind, agent: Kind, seed: u64) -> Self {
+        let mut world = Self::new(technician, agent, seed);
+        for (index, role) in [IceRole::Controlling, IceRole::Controlled].into_iter().enumerate() {
+            let now = world.now;
+            let config = Config { many_socket_probing: false, ..config(role, seed) };
+            let end = world.end(index);
+            end.path = PathAgent::new(now, config);
+            end.list_addresses(now);
+        }
+        world
+    }
+
     pub(crate) fn gain_ipv6(&mut self, index: usize) {
         let now = self.now;
         let end = self.end(index);
@@ -123,6 +157,14 @@ impl World {
         let end = self.end(index);
         end.address6 = None;
         end.list_addresses(now);
+    }
+
+    /// That end's router keeps an outside port for it from now on.
+    pub(crate) fn map_port(&mut self, index: usize) {
+        let now = self.now;
+        let (site, address) = (self.end(index).site, self.end(index).address);
+        let kept = self.nats[site].keep(address);
+        self.end(index).path.set_mapped_addresses(now, &[kept]);
     }
 
     /// Both behind the first NAT.
@@ -154,6 +196,8 @@ impl World {
             start: now,
             random: seed,
             queue: BTreeMap::new(),
+            stopped: None,
+            waiting: Vec::new(),
             sent: 0,
             internet: link,
             relay: link,
@@ -162,6 +206,7 @@ impl World {
             technician,
             agent,
             longest: [usize::MAX; 2],
+            are_isolated: false,
             stun_answers: true,
             carriers_pass: true,
         }
@@ -199,7 +244,8 @@ impl World {
         while !done(self) {
             let delivery = self.queue.first_key_value().map(|((at, _), _)| *at);
             let timers = [self.technician.timeout(), self.agent.timeout()];
-            let Some(next) = timers.into_iter().flatten().chain(delivery).min() else { break };
+            let timers = self.running().filter_map(|index| timers[index]);
+            let Some(next) = timers.chain(delivery).min() else { break };
             if next > until {
                 break;
             }
@@ -209,23 +255,55 @@ impl World {
             {
                 self.deliver(delivery);
             }
-            self.technician.handle_timeout(self.now);
-            self.agent.handle_timeout(self.now);
+            for index in self.running() {
+                let now = self.now;
+                self.end(index).handle_timeout(now);
+            }
             self.flush();
         }
     }
 
+    /// The ends that are not stopped.
+    fn running(&self) -> impl Iterator<Item = usize> + use<> {
+        let stopped = self.stopped;
+        (0..2).filter(move |index| stopped != Some(*index))
+    }
+
+    /// That end's process does not run any more (0: the technician's, 1: the agent's).
+    pub(crate) fn stop(&mut self, index: usize) {
+        self.stopped = Some(index);
+    }
+
+    /// It runs again: timers are late, datagrams are lost, and messages have waited.
+    pub(crate) fn go_on(&mut self) {
+        let Some(index) = self.stopped.take() else { return };
+        let now = self.now;
+        self.end(index).handle_timeout(now);
+        std::mem::take(&mut self.waiting).into_iter().for_each(|delivery| self.deliver(delivery));
+        self.flush();
+    }
+
     fn deliver(&mut self, delivery: Delivery) {
         match delivery {
+            Delivery::Message { to, .. } | Delivery::Seen { to, .. } if self.stopped == Some(to) => {
+                self.waiting.push(delivery);
+            }
             Delivery::Message { to, bytes } => {
                 let now = self.now;
                 self.end(to).path.handle_message(now, &bytes).expect("the peer's message is good");
             }
-            Delivery::Datagram { source, destination, payload, .. }
+            Delivery::Seen { to, address } => {
+                let now = self.now;
+                self.end(to).path.add_peer_seen(now, address);
+            }
+            Delivery::Datagram { source, destination, payload, from }
                 if STUN_SERVERS.map(|server| server.parse()).contains(&Ok(destination)) =>
             {
                 if let Some(payload) = stun::binding_response(&payload, source).filter(|_| self.stun_answers)
                 {
+                    if destination == STUN_SERVERS[0].parse().expect("an address") {
+                        self.post(Delivery::Seen { to: 1 - from, address: source });
+                    }
                     self.post(Delivery::Datagram {
                         source: destination,
                         destination: source,
@@ -240,21 +318,24 @@ impl World {
                     return;
                 }
                 let now = self.now;
-                for index in 0..2 {
+                for index in self.running() {
                     let (site, address) = (self.end(index).site, self.end(index).own(destination));
                     let Some(address) = address else { continue };
                     let from_inside = from < 2 && from != index && self.end(from).site == site;
-                    let inside = if from_inside && destination == address {
-                        Some(destination)
-                    } else if from_inside {
-                        None // no hairpin
+                    let (is_isolated, hairpins) = (self.are_isolated, self.nat(site, destination).hairpins);
+                    let inside = if from_inside && destination.ip() == address.ip() {
+                        Some(destination).filter(|_| !is_isolated)
+                    } else if from_inside && !hairpins {
+                        None
                     } else {
                         let nat = self.nat(site, destination);
                         let reaches = nat.is_public(destination.ip()) || nat.kind.is_public();
                         reaches.then(|| nat.inbound(source, destination)).flatten()
                     };
-                    if inside == Some(address) && from != index {
-                        self.end(index).receive(now, source, &payload);
+                    if let Some(inside) = inside.filter(|inside| inside.ip() == address.ip() && from != index)
+                    {
+                        let offset = inside.port().wrapping_sub(address.port());
+                        self.end(index).receive(now, offset, source, &payload);
                     }
                 }
             }
@@ -262,24 +343,26 @@ impl World {
     }
 
     fn flush(&mut self) {
-        for index in 0..2 {
+        for index in self.running() {
             let now = self.now;
             let start = self.start;
             let (transmits, messages) = self.end(index).drain(now, start);
             for bytes in messages {
                 self.post(Delivery::Message { to: 1 - index, bytes });
             }
-            for Transmit { destination, payload } in transmits {
+            for Transmit { socket, hops, destination, payload } in transmits {
                 let (site, address) = (self.end(index).site, self.end(index).own(destination));
-                let Some(address) = address else { continue };
-                let neighbour = self.end(1 - index).site == site
+                let Some(mut address) = address else { continue };
+                address.set_port(address.port() + self.end(index).offset(socket));
+                let neighbour = !self.are_isolated
+                    && self.end(1 - index).site == site
                     && self.end(1 - index).own(destination) == Some(destination);
                 let source = if neighbour {
                     Some(address)
                 } else {
                     self.nat(site, destination).outbound(address, destination)
                 };
-                if let Some(source) = source {
+                if let Some(source) = source.filter(|_| hops.is_none() || neighbour) {
                     self.post(Delivery::Datagram { source, destination, payload, from: index });
                 }
             }
@@ -287,7 +370,12 @@ impl World {
     }
 
     fn post(&mut self, delivery: Delivery) {
-        let link = if matches!(delivery, Delivery::Message { .. }) { self.relay } else { self.internet };
+        let link = match delivery {
+            Delivery::Datagram { .. } => self.internet,
+            Delivery::Message { .. } => self.relay,
+            // From the mediator it is half the way.
+            Delivery::Seen { .. } => Link { latency: self.relay.latency / 2, ..self.relay },
+        };
         if self.random(1000) < link.lost {
             return;
         }
@@ -346,6 +434,7 @@ pub(crate) fn config(role: IceRole, seed: u64) -> Config {
         local: credentials(role),
         remote: credentials(other),
         stun_servers: STUN_SERVERS.map(|server| server.parse().expect("an address")).into(),
+        many_socket_probing: true,
         seed: bytes,
     }
 }
@@ -362,6 +451,10 @@ impl End {
             silence: Duration::from_secs(1),
             controlling: role == IceRole::Controlling,
             carrier: None,
+            early: None,
+            sockets: Vec::new(),
+            probing_is_free: true,
+            probed: 0,
             confirmed: Vec::new(),
             failed: Vec::new(),
             lost: 0,
@@ -382,7 +475,25 @@ impl End {
     }
 
     pub(crate) fn carrier_remote(&self) -> Option<SocketAddr> {
-        self.carrier.as_ref().map(|carrier| carrier.remote)
+        self.carrier_path().map(|path| path.remote)
+    }
+
+    pub(crate) fn carrier_path(&self) -> Option<Path> {
+        self.carrier.as_ref().map(|carrier| carrier.path)
+    }
+
+    /// How far its port is from the device's. Opens one that is new.
+    fn offset(&mut self, socket: LocalSocket) -> u16 {
+        if socket == LocalSocket::DEVICE {
+            return 0;
+        }
+        let known = self.sockets.iter().position(|open| *open == socket);
+        let at = known.unwrap_or_else(|| {
+            assert!(self.path.uses(socket), "a datagram through a socket that is not used");
+            self.sockets.push(socket);
+            self.sockets.len() - 1
+        });
+        1 + at as u16
     }
 
     fn timeout(&self) -> Option<Instant> {
@@ -397,38 +508,52 @@ impl End {
             assert!(self.path.poll_timeout().is_none_or(|at| at > now), "a timer did not move on");
         }
         if let Some(carrier) = self.carrier.take_if(|carrier| carrier.heard + self.silence <= now) {
-            self.path.path_lost(now, carrier.remote, "silent");
+            self.path.path_lost(now, carrier.path, "silent");
             self.lost += 1;
         }
     }
 
-    fn receive(&mut self, now: Instant, source: SocketAddr, payload: &[u8]) {
+    fn receive(&mut self, now: Instant, offset: u16, source: SocketAddr, payload: &[u8]) {
+        let socket = match offset.checked_sub(1) {
+            None => LocalSocket::DEVICE,
+            Some(at) => match self.sockets.get(usize::from(at)) {
+                Some(socket) if self.path.uses(*socket) => *socket,
+                _ => return,
+            },
+        };
+        let path = Path { socket, remote: source };
         if stun::is_stun(payload) {
-            self.path.handle_datagram(now, source, payload);
+            self.path.handle_datagram(now, socket, source, payload);
         } else if self.controlling {
-            let Some(carrier) = self.carrier.as_mut().filter(|carrier| carrier.remote == source) else {
+            let Some(carrier) = self.carrier.as_mut().filter(|carrier| carrier.path == path) else {
                 return;
             };
             carrier.heard = now;
+            carrier.shaking = false;
             if !std::mem::replace(&mut carrier.up, true) {
-                self.path.path_in_use(now, source);
+                self.path.path_in_use(now, path);
             }
-        } else if let Some(carrier) = self.carrier.as_mut().filter(|carrier| carrier.remote == source) {
+        } else if let Some(carrier) = self.carrier.as_mut().filter(|carrier| carrier.path == path) {
             carrier.heard = now;
             // A new connection takes the old one's place on the same path.
-            if payload == INITIAL {
-                self.path.path_in_use(now, source);
+            carrier.shaking = payload == INITIAL;
+            if carrier.shaking {
+                self.path.path_in_use(now, path);
             }
-        } else if self.path.is_confirmed(source) {
-            let carrier = Carrier { remote: source, up: true, heard: now, next_ping: now };
+        } else if self.path.is_confirmed(path) {
+            let carrier = Carrier { path, up: true, shaking: true, heard: now, next_ping: now };
             let old = self.carrier.replace(carrier);
-            self.path.path_in_use(now, source);
+            self.path.path_in_use(now, path);
             if let Some(old) = old {
-                self.path.path_lost(now, old.remote, "replaced");
+                self.path.path_lost(now, old.path, "replaced");
             }
         } else {
             self.refused_initials += 1;
         }
+    }
+
+    fn dial(&mut self, now: Instant, path: Path) {
+        self.carrier = Some(Carrier { path, up: false, shaking: true, heard: now, next_ping: now });
     }
 
     /// What goes out: datagrams, and messages for the peer.
@@ -441,20 +566,30 @@ impl End {
                 Event::Message(bytes) => messages.push(bytes),
                 Event::Confirmed(confirmed) => {
                     self.confirmed.push((now - start, confirmed));
-                    if self.controlling {
-                        let remote = confirmed.remote.address;
-                        self.carrier = Some(Carrier { remote, up: false, heard: now, next_ping: now });
+                    let is_dialled = self.early.take() == Some((confirmed.round, confirmed.path()));
+                    if self.controlling && !is_dialled {
+                        self.dial(now, confirmed.path());
                     }
                 }
+                Event::Nominated(nominated) => {
+                    self.early = Some((nominated.round, nominated.path()));
+                    self.dial(now, nominated.path());
+                }
                 Event::Failed { round, .. } => self.failed.push((round, now - start)),
-                Event::ServerReflexive(_) => {}
+                Event::ServerReflexive(_) | Event::PeerListens(_) => {}
+                Event::ProbingWanted if self.probing_is_free => {
+                    self.path.start_probing(now);
+                    self.probed += usize::from(self.path.is_probing());
+                }
+                Event::ProbingWanted => {}
             }
         }
         self.messages += messages.len();
         if let Some(carrier) = self.carrier.as_mut().filter(|carrier| carrier.next_ping <= now) {
             carrier.next_ping = now + PING_EVERY;
-            let payload = if carrier.up { PING.to_vec() } else { INITIAL.to_vec() };
-            transmits.push(Transmit { destination: carrier.remote, payload });
+            let payload = if carrier.shaking { INITIAL.to_vec() } else { PING.to_vec() };
+            let Path { socket, remote: destination } = carrier.path;
+            transmits.push(Transmit { socket, hops: None, destination, payload });
         }
         (transmits, messages)
     }
