@@ -128,7 +128,15 @@ impl Config {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Self::default()),
             Err(error) => return Err(failed(error.to_string())),
         };
-        toml::from_str(&text).map_err(|error| failed(error.to_string().trim_end().to_owned()))
+        let config: Self =
+            toml::from_str(&text).map_err(|error| failed(error.to_string().trim_end().to_owned()))?;
+        let P2p { ports, public_addresses, .. } = &config.p2p;
+        let is_one = ports.as_ref().is_some_and(|ports| ports.start() == ports.end());
+        if !is_one && public_addresses.iter().any(|public| public.port.is_some()) {
+            let why = "[p2p] public_addresses: IP:PORT leads to one port: set ports to it, as \"PORT-PORT\"";
+            return Err(failed(why.to_owned()));
+        }
+        Ok(config)
     }
 }
 
@@ -236,8 +244,13 @@ mod tests {
             ["192.168.1.0/24:80,443", "db.local:53/udp"]
         );
         assert_eq!(read("[agent]\nallow = []").expect("reads").agent.allow, Some(vec![]));
-        let public = "[p2p]\npublic_addresses = [\"192.0.2.1\", \"192.0.2.2:443\", \"2001:db8::1\"]";
-        let public = read(public).expect("reads").p2p.public_addresses;
+        let public = "public_addresses = [\"192.0.2.1\", \"192.0.2.2:443\", \"2001:db8::1\"]";
+        for ports in ["", "ports = \"40000-40001\"\n"] {
+            let error = read(&format!("[p2p]\n{ports}{public}")).expect_err("which port is it?").to_string();
+            assert!(error.contains("leads to one port"), "{error}");
+        }
+        let public = format!("[p2p]\nports = \"40000-40000\"\n{public}");
+        let public = read(&public).expect("reads").p2p.public_addresses;
         assert_eq!(
             public.iter().map(|public| public.of_port(40_000).to_string()).collect::<Vec<_>>(),
             ["192.0.2.1:40000", "192.0.2.2:443", "[2001:db8::1]:40000"]

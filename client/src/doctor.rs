@@ -100,7 +100,7 @@ pub async fn examine(identity: &Arc<Identity>) -> (Vec<Finding>, Vec<Reached>) {
         }
     };
     let probed = probe::run(identity.clone(), probe).await;
-    findings.extend(probed.results.iter().filter_map(|found| reached("here", found)));
+    findings.extend(tried("here", &probed.results));
     (findings, probed.results)
 }
 
@@ -122,8 +122,20 @@ fn certificate(identity: &Identity) -> Finding {
     }
 }
 
-/// What a try from there found. `None`: nothing to say.
-pub fn reached(from: &str, found: &Reached) -> Option<Finding> {
+/// What the tries from there found.
+pub fn tried(from: &str, results: &[Reached]) -> Vec<Finding> {
+    let of = |found: &Reached| match found.what.as_str() {
+        "port-mapping" => {
+            let elsewhere = seen(results).is_some() && !is_mapped(results);
+            Some(port_mapping(from, found, elsewhere))
+        }
+        _ => reached(from, found),
+    };
+    results.iter().filter_map(of).collect()
+}
+
+/// What one try found. `None`: nothing to say.
+fn reached(from: &str, found: &Reached) -> Option<Finding> {
     let Reached { what, address, ok, micros, detail } = found;
     let (protocol, name, remedy) = match what.as_str() {
         "https" => (
@@ -140,7 +152,6 @@ pub fn reached(from: &str, found: &Reached) -> Option<Finding> {
             ("udp", "STUN", "open that UDP port in the firewalls: without it hardly a session gets direct")
         }
         "nat" => return nat(from, Nat::of(found), address),
-        "port-mapping" => return Some(port_mapping(from, found)),
         "ipv6" => return Some(ipv6(from, found)),
         // Of a later version.
         _ => return None,
@@ -183,9 +194,15 @@ fn nat(from: &str, nat: Nat, seen_at: &str) -> Option<Finding> {
     })
 }
 
-fn port_mapping(from: &str, found: &Reached) -> Finding {
+fn port_mapping(from: &str, found: &Reached, elsewhere: bool) -> Finding {
     let Reached { address, ok, detail, .. } = found;
     match ok {
+        true if elsewhere => Finding::note(
+            format!(
+                "from {from}: the router maps ports on request ({detail}), but at {address}, where the servers do not see it"
+            ),
+            "another NAT follows: have the first router's ports forwarded by the second, or make the first one a bridge",
+        ),
         true => Finding::fine(format!(
             "from {from}: the router maps ports on request ({detail}), seen at {address}"
         )),
@@ -211,21 +228,11 @@ pub fn between(here: &[Reached], there: &[Reached], agent: &str) -> Finding {
     use Nat::{Blocked, Independent, None, Random, Sequential, Unknown};
     let finding = |text: &str| format!("to {agent}: {text}");
     let has_ipv6 = |results: &[Reached]| results.iter().any(|found| found.what == "ipv6" && found.ok);
-    let seen = |results: &[Reached]| {
-        let found = results.iter().find(|found| found.what == "nat" && found.ok);
-        found.and_then(|found| Some(found.address.rsplit_once(':')?.0.to_owned()))
-    };
     if seen(here).is_some() && seen(here) == seen(there) {
         return Finding::fine(finding(
             "both are behind one address, perhaps on one network: then sessions stay there",
         ));
     }
-    // Not where another NAT follows.
-    let is_mapped = |results: &[Reached]| {
-        let found = results.iter().find(|found| found.what == "port-mapping" && found.ok);
-        let mapped = found.and_then(|found| Some(found.address.rsplit_once(':')?.0.to_owned()));
-        mapped.is_some() && mapped == seen(results)
-    };
     if has_ipv6(here) && has_ipv6(there) {
         return Finding::fine(finding("expect a direct path by IPv6"));
     }
@@ -260,6 +267,23 @@ pub fn between(here: &[Reached], there: &[Reached], agent: &str) -> Finding {
     }
 }
 
+/// The IP address of the first try of this kind that worked.
+fn address_of(what: &str, results: &[Reached]) -> Option<String> {
+    let found = results.iter().find(|found| found.what == what && found.ok)?;
+    Some(found.address.rsplit_once(':')?.0.to_owned())
+}
+
+/// Where the servers see this end.
+fn seen(results: &[Reached]) -> Option<String> {
+    address_of("nat", results)
+}
+
+/// Whether the router keeps a port that others reach: not where another NAT follows.
+fn is_mapped(results: &[Reached]) -> bool {
+    let mapped = address_of("port-mapping", results);
+    mapped.is_some() && mapped == seen(results)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -281,6 +305,15 @@ mod tests {
             assert!(fault.level == Level::Fault && fault.text.ends_with("why") && fault.remedy.is_some());
         }
         assert_eq!(reached("here", &found("later", true, "")), None);
+    }
+
+    #[test]
+    fn a_mapping_behind_another_nat_lets_nobody_in() {
+        let at = |what: &str, ip: &str| Reached { address: format!("{ip}:40000"), ..found(what, true, "") };
+        let of = |nat: &str, mapped: &str| tried("here", &[at("nat", nat), at("port-mapping", mapped)]);
+        let [same, other] = ["192.0.2.1", "100.64.0.7"].map(|ip| of("192.0.2.1", ip).pop().expect("two"));
+        assert_eq!((same.level, other.level), (Level::Fine, Level::Note));
+        assert!(other.text.contains("do not see it") && other.remedy.is_some(), "{other:?}");
     }
 
     #[test]

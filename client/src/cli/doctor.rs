@@ -8,7 +8,7 @@ use clap::Args;
 
 use super::data::Data;
 use super::{CliError, Failed};
-use crate::doctor::{self, Finding, reached};
+use crate::doctor::{self, Finding, tried};
 use crate::exit::Failure;
 use crate::identity::{Live, store};
 use crate::technician::Technician;
@@ -43,7 +43,7 @@ impl Doctor {
             let technician = Technician::connect(identity);
             match technician.examine(agent).await {
                 Ok(results) => {
-                    findings.extend(results.iter().filter_map(|found| reached(agent, found)));
+                    findings.extend(tried(agent, &results));
                     findings.push(doctor::between(&here, &results, agent));
                 }
                 Err(error) => {

@@ -76,7 +76,8 @@ impl DirectSocket {
             IpAddr::V4(ip) if self.has_ipv6() => (ip.to_ipv6_mapped(), destination.port()).into(),
             _ => destination,
         };
-        if let Err(error) = self.io.try_send_to(payload, destination) {
+        // Not tokio's way: it does not know of a new socket yet that it is writable, and what a session sends first is lost.
+        if let Err(error) = SockRef::from(&*self.io).send_to(payload, &destination.into()) {
             self.count(&error);
         }
     }
@@ -285,6 +286,20 @@ mod tests {
             assert_eq!((from.max_transmit_segments(), from.may_fragment()), (1, true));
         }
         arrived
+    }
+
+    #[tokio::test]
+    async fn what_is_sent_first_arrives() {
+        let to = std::net::UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a socket");
+        to.set_read_timeout(Some(std::time::Duration::from_secs(5))).expect("a timeout");
+        for byte in 0..20 {
+            let from = DirectSocket::bind(20_000..=29_999, Arc::default()).expect("a free port");
+            // Nothing was awaited since.
+            from.send(to.local_addr().expect("bound"), &[byte]);
+            let mut bytes = [0; 2];
+            assert_eq!(to.recv(&mut bytes).expect("arrives"), 1);
+            assert_eq!(bytes[0], byte);
+        }
     }
 
     #[tokio::test]

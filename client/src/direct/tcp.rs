@@ -17,7 +17,7 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use adit_tunnel::path::stun;
+use adit_tunnel::path::{is_private, stun};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use rustls::{ClientConfig, ServerConfig};
@@ -259,17 +259,6 @@ pub(super) fn may_dial(
         is_permitted && !own.contains(address)
     };
     named.into_iter().filter(is_fit).collect()
-}
-
-/// An address that means another machine elsewhere (RFC 1918, RFC 6598, RFC 4193).
-fn is_private(ip: IpAddr) -> bool {
-    match ip {
-        IpAddr::V4(ip) => {
-            let [first, second, ..] = ip.octets();
-            ip.is_private() || ip.is_loopback() || ip.is_link_local() || (first == 100 && second & 0xc0 == 64)
-        }
-        IpAddr::V6(ip) => ip.is_unique_local() || ip.is_loopback() || ip.is_unicast_link_local(),
-    }
 }
 
 #[cfg(test)]

@@ -12,6 +12,6 @@ pub use echo::{echo, echoed};
 pub use greeter::greeter;
 pub use http::HttpServer;
 pub use noise::{Noise, hex, sha256};
-pub use ticks::{TickReport, TickServer, Ticking, tick};
+pub use ticks::{STALL, TickReport, TickServer, Ticking, tick};
 pub use transfer::{TransferServer, download, stall, upload};
 pub use web::WebServer;

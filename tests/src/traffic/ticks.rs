@@ -17,6 +17,8 @@ use crate::within;
 
 /// How often each side ticks.
 const PERIOD: Duration = Duration::from_millis(10);
+/// From when on a gap is noted as a stall.
+pub const STALL: Duration = Duration::from_millis(40);
 /// Said instead of the next number: there is no further one.
 const LAST: u64 = u64::MAX;
 /// How long the last ticks may take to arrive.
@@ -33,7 +35,7 @@ pub struct TickServer {
 type Lap = Arc<AtomicU64>;
 
 /// What arrived on one side.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct TickReport {
     /// How many; all that were sent, in order.
     pub ticks: u64,
@@ -41,6 +43,9 @@ pub struct TickReport {
     pub longest_gap: Duration,
     /// When that gap ended, after the first tick.
     pub at: Duration,
+    /// Every gap of [`STALL`] or more, from the tick before it to the one after it. Only of this side: the other's
+    /// report does not carry them.
+    pub stalls: Vec<(Instant, Instant)>,
 }
 
 impl fmt::Display for TickReport {
@@ -117,6 +122,7 @@ pub async fn tick(host: &Host, local: SocketAddr) -> anyhow::Result<Ticking> {
             ticks: from.read_u64().await?,
             longest_gap: Duration::from_micros(from.read_u64().await?),
             at: Duration::from_micros(from.read_u64().await?),
+            stalls: Vec::new(),
         };
         drop(to);
         Ok((here, there))
@@ -170,7 +176,8 @@ async fn receive_ticks(
     mut begun: Option<oneshot::Sender<()>>,
 ) -> anyhow::Result<TickReport> {
     let start = Instant::now();
-    let mut report = TickReport { ticks: 0, longest_gap: Duration::ZERO, at: Duration::ZERO };
+    let mut report =
+        TickReport { ticks: 0, longest_gap: Duration::ZERO, at: Duration::ZERO, stalls: Vec::new() };
     let mut last: Option<Instant> = None;
     let mut this_lap = lap.load(Relaxed);
     loop {
@@ -180,11 +187,14 @@ async fn receive_ticks(
         if current != this_lap {
             (this_lap, report.longest_gap) = (current, Duration::ZERO);
         }
-        if let Some(last) = last.replace(now)
-            && now - last > report.longest_gap
-        {
-            report.longest_gap = now - last;
-            report.at = now - start;
+        if let Some(last) = last.replace(now) {
+            if now - last > report.longest_gap {
+                report.longest_gap = now - last;
+                report.at = now - start;
+            }
+            if now - last >= STALL {
+                report.stalls.push((last, now));
+            }
         }
         if number == LAST {
             let sent = from.read_u64().await?;

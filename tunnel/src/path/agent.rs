@@ -8,7 +8,7 @@ use stun_rs::attributes::stun::{MappedAddress, XorMappedAddress};
 use stun_rs::{MessageClass, MessageDecoder};
 
 use super::budget::Budget;
-use super::candidate::{Candidate, CandidateKind, may_check};
+use super::candidate::{Candidate, CandidateKind, is_private, may_check};
 use super::check::{Codec, Credentials, IceRole, Received, Request, Response};
 use super::checklist::{CandidatePair, Checklist};
 use super::exchange::Exchange;
@@ -319,11 +319,8 @@ impl PathAgent {
     /// Where this end takes TCP connections that begin with a check ([`Self::is_stream_check`]), the best first; at most 4 are
     /// told: public ones before private ones, of which there may be many, and one of the network it is on.
     pub fn set_listening(&mut self, now: Instant, addresses: &[SocketAddr]) {
-        let is_private = |address: &SocketAddr| match address.ip() {
-            IpAddr::V4(ip) => ip.is_private() || ip.is_link_local() || ip.is_loopback(),
-            IpAddr::V6(ip) => ip.is_unique_local(),
-        };
-        let (private, mut listening): (Vec<_>, Vec<_>) = addresses.iter().copied().partition(is_private);
+        let (private, mut listening): (Vec<_>, Vec<_>) =
+            addresses.iter().copied().partition(|address| is_private(address.ip()));
         listening.truncate(MAX_LISTENING - usize::from(!private.is_empty()));
         listening.extend(private);
         listening.truncate(MAX_LISTENING);

@@ -70,6 +70,18 @@ pub(super) fn may_check(remote: SocketAddr, hosts: &[SocketAddr]) -> bool {
     reaches && remote.port() != 0
 }
 
+/// Whether this address means another machine elsewhere: what it names is near, or behind a VPN (RFC 1918, RFC 3927, RFC 4193,
+/// RFC 4291 section 2.5, RFC 6598).
+pub fn is_private(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => {
+            let [first, second, ..] = ip.octets();
+            ip.is_private() || ip.is_loopback() || ip.is_link_local() || (first == 100 && second & 0xc0 == 64)
+        }
+        IpAddr::V6(ip) => ip.is_unique_local() || ip.is_loopback() || ip.is_unicast_link_local(),
+    }
+}
+
 /// Whether this is the address of one machine: global (2000::/3) or unique local (fc00::/7), and none with an IPv4 address in
 /// it, by which somebody could aim at what the rules for IPv4 keep him from (6to4, Teredo; RFC 6890).
 fn is_node(ip: Ipv6Addr) -> bool {

@@ -12,7 +12,7 @@ use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use super::candidate::{Candidate, CandidateKind};
+use super::candidate::{Candidate, CandidateKind, is_private};
 use super::local::{LocalSocket, Path};
 use super::stun::TransactionId;
 
@@ -338,9 +338,11 @@ impl Checklist {
         }
         let best = self.best()?;
         let path = best.path();
-        // One that was asked before this one, and has not answered for longer, is no shorter way.
+        // One that was asked before this one, and has not answered for longer, is no shorter way; nor is one that is said to be
+        // near and is not.
         let is_late = |pair: &CandidatePair| {
-            let slow = best.rtt.map(|rtt| rtt.max(LATE));
+            let near = is_private(pair.remote.address.ip());
+            let slow = if near { Some(LATE) } else { best.rtt.map(|rtt| rtt.max(LATE)) };
             pair.last_sent.zip(slow).is_some_and(|(sent, slow)| now.saturating_duration_since(sent) > slow)
         };
         let rival = self.pairs.iter().any(|pair| {
@@ -476,6 +478,27 @@ mod tests {
         checklist.nominate(failed);
         assert_eq!(checklist.pairs()[1].state, CheckState::Failed);
         assert_eq!(send(&mut checklist, failed, 0), [(0, 1, true)]);
+    }
+
+    #[test]
+    fn nobody_waits_for_a_near_one_that_is_not() {
+        let start = Instant::now();
+        let near = Candidate { kind: CandidateKind::Host, address: ([192, 168, 1, 7], 1).into() };
+        let far = candidate(CandidateKind::ServerReflexive, 1);
+        // The answer of the far one; whether the near one may still answer then.
+        for (rtt, waits) in [(30, true), (LATE.as_millis() as u64 + 15, false)] {
+            let mut checklist = Checklist::default();
+            checklist.add(start, LocalSocket::DEVICE, near);
+            checklist.add(start, LocalSocket::DEVICE, far);
+            send(&mut checklist, start, 10);
+            let answered = start + Duration::from_millis(5 + rtt);
+            let path = Path::to(far.address);
+            checklist.answered(answered, path, [1; 12], ([198, 51, 100, 1], 1).into());
+            checklist.heard(answered, path, false, false);
+            assert_eq!(checklist.nominate(answered).is_none(), waits, "{rtt} ms");
+            let settled = answered + SETTLE;
+            assert_eq!(checklist.nominate(settled).is_some(), waits, "{rtt} ms");
+        }
     }
 
     #[test]

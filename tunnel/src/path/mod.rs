@@ -45,7 +45,7 @@ mod schedule;
 pub mod stun;
 
 pub use agent::{Config, Confirmed, Event, PathAgent, Transmit};
-pub use candidate::{Candidate, CandidateKind};
+pub use candidate::{Candidate, CandidateKind, is_private};
 pub use check::{Credentials, FULL_SIZE, IceRole, InvalidCredentials};
 pub use checklist::{CandidatePair, CheckState};
 pub use gather::Mapping;
