@@ -256,13 +256,17 @@ pub fn between(here: &[Reached], there: &[Reached], agent: &str) -> Finding {
             finding("a direct path within seconds, most times; the session works on the relay meanwhile"),
             "a router with endpoint-independent mapping at both ends makes it sure",
         ),
-        (Random, Random) => Finding::note(
-            finding("sessions stay on the relay: both NATs take random ports"),
+        (Random, Random | Sequential) | (Sequential, Random) => Finding::note(
+            finding(
+                "sessions stay on the relay: one NAT takes random ports, and the other one another for each of them",
+            ),
             "IPv6 at both ends, or a router with endpoint-independent mapping at one",
         ),
-        (Sequential, Random | Sequential) | (Random, Sequential) => Finding::note(
-            finding("a direct path may come about by chance; else sessions stay on the relay"),
-            "IPv6 at both ends, or a router with endpoint-independent mapping at one",
+        (Sequential, Sequential) => Finding::note(
+            finding(
+                "a direct path within seconds, unless others keep both NATs busy; the relay carries meanwhile",
+            ),
+            "a router with endpoint-independent mapping at one end makes it sure",
         ),
     }
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 
-use adit_client::doctor::{Finding, reached};
+use adit_client::doctor::{Finding, tried};
 use adit_client::identity::Peer;
 use adit_client::probe;
 use adit_protocol::Role;
@@ -48,14 +48,15 @@ pub async fn examine(dir: &Path, agent: Option<&str>) -> Result<Vec<Finding>, Er
     let probe = Probe { request: 0, https, relay, stun, vantage: vec![], port_mapping: false };
     let probed = probe::run(organisation.identity.into(), probe).await;
     // From the server itself there is no NAT to know about.
-    let servers =
-        probed.results.iter().filter(|found| ["https", "relay", "stun"].contains(&found.what.as_str()));
-    findings.extend(servers.filter_map(|found| reached("here", found)));
+    let mut servers = probed.results;
+    servers.retain(|found| ["https", "relay", "stun"].contains(&found.what.as_str()));
+    findings.extend(tried("here", &servers));
     if let Some(name) = agent {
         let agent = operator.device(name, Some(Role::Agent)).await?;
         match admin::ask(dir, &Request::Probe { agent: agent.id }).await? {
             Some(Answer::Probed { results }) => {
-                findings.extend(results.into_iter().filter_map(|found| reached(&agent.name, &found.into())));
+                let results: Vec<_> = results.into_iter().map(Into::into).collect();
+                findings.extend(tried(&agent.name, &results));
             }
             Some(Answer::Failed { why }) => findings.push(Finding::fault(
                 format!("{} could not try it: {why}", agent.name),

@@ -51,8 +51,6 @@ pub enum Expected {
     Direct,
     /// Direct by chance: many sockets meet many probes, or a guess.
     Likely,
-    /// Not shown possible yet: whatever comes.
-    Open,
     /// No way past the relay.
     Relay,
 }
@@ -79,7 +77,7 @@ pub fn expected(one: NatKind, other: NatKind) -> Expected {
     // Others let in whoever has the address right.
     let filters_ports = |kind: NatKind| !matches!(kind, None | FullCone | AddressRestricted);
     match (depends(one), depends(other)) {
-        (true, true) if pair.contains(&Sequential) => Expected::Open,
+        (true, true) if pair == [Sequential; 2] => Expected::Likely,
         (true, true) => Expected::Relay,
         (true, false) if filters_ports(other) => Expected::Likely,
         (false, true) if filters_ports(one) => Expected::Likely,
@@ -267,7 +265,7 @@ impl Run {
         host.task(echoed(local))?.await?.context("no echo through the tunnel")?;
         let first_byte = started.elapsed();
         let limit = match expected {
-            Expected::Relay | Expected::Open => WATCHED,
+            Expected::Relay => WATCHED,
             _ => LIMIT,
         };
         let direct = forward.output(limit.saturating_sub(started.elapsed()), "the tier direct", |lines| {

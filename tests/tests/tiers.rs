@@ -1,6 +1,6 @@
 //! Which tier each pair of NATs reaches, and that data flows on it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use adit_tests::lab::{Link, NatKind, Neighbours, Topology};
 use adit_tests::lab_tests;
@@ -9,6 +9,7 @@ use adit_tests::traffic::{TransferServer, download, upload};
 use adit_tests::world::{Setup, World};
 use anyhow::{Context, ensure};
 use serde_json::Value;
+use tokio::time::sleep;
 
 lab_tests!(
     cone_and_cone_are_direct,
@@ -39,6 +40,7 @@ lab_tests!(
     on_one_network_it_is_tcp_between_the_two,
     isolated_segments_need_a_router_that_hairpins,
     routers_that_map_ports_on_request,
+    a_router_gets_its_ports_back_from_who_was_killed,
     a_router_that_somebody_has_set_up
 );
 
@@ -238,6 +240,30 @@ async fn routers_that_map_ports_on_request() -> anyhow::Result<()> {
             })
             .await?;
         }
+    }
+    Ok(())
+}
+
+/// Sessions that are killed before, while and after their router is asked. Both NATs take random ports.
+async fn a_router_gets_its_ports_back_from_who_was_killed() -> anyhow::Result<()> {
+    for nat in [NatKind::Pcp, NatKind::NatPmp, NatKind::Upnp] {
+        let world = World::up(Setup::new(Topology::new(NatKind::Symmetric, nat).relays(1))).await?;
+        let router = &world.lab.technician;
+        let mut most = 0;
+        for millis in [300, 520, 600, 800, 1200, 2000] {
+            let mut forward = world.forward(&["127.0.0.1:9"]).await?;
+            // Not a wait for something: whatever it is doing by then.
+            sleep(Duration::from_millis(millis)).await;
+            most = most.max(router.mapped_ports()?);
+            forward.process.kill().await?;
+        }
+        ensure!(most > 0, "{nat}: nothing was mapped");
+        let start = Instant::now();
+        poll(Duration::from_secs(20), "the ports to be given back", async || {
+            (router.mapped_ports().ok()? == 0).then_some(())
+        })
+        .await?;
+        println!("{nat}: {most} ports at once, and none {:?} after the last was killed", start.elapsed());
     }
     Ok(())
 }

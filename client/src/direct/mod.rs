@@ -99,7 +99,7 @@ pub struct DirectEndpoint {
     turns: Arc<Turns>,
     /// While there are sessions.
     tcp: Mutex<Weak<Listener>>,
-    network: watch::Receiver<()>,
+    network: watch::Receiver<u64>,
     _accepting: Option<Task>,
 }
 

@@ -15,7 +15,7 @@ use quinn::{ClientConfig, ConnectError, Connection, ConnectionError, Endpoint};
 use tokio::net::{TcpStream, lookup_host};
 use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, oneshot, watch};
 use tokio::task::{JoinError, JoinSet};
-use tokio::time::{MissedTickBehavior, interval_at, sleep_until, timeout};
+use tokio::time::{MissedTickBehavior, interval_at, sleep, sleep_until, timeout};
 
 use super::demux::{Demux, Entry};
 use super::loss::lost_percent;
@@ -32,6 +32,8 @@ use super::{BindConfig, DirectEvent, StunServers, interfaces, quic};
 const RESOLVE: Duration = Duration::from_secs(2);
 /// A confirmed path takes two round trips; after this, the next round is the better bet.
 const DIAL: Duration = Duration::from_secs(3);
+/// How long a connection stays after the next one has taken its place.
+const LINGER: Duration = Duration::from_secs(5);
 /// How soon a new network is noticed that the system does not tell of. Listing the interfaces takes well below a millisecond.
 const INTERFACES: Duration = Duration::from_secs(5);
 /// Authenticated connections of the peer that wait for the task.
@@ -72,7 +74,7 @@ pub(super) struct PathTask {
     pub(super) mapper: Arc<PortMapper>,
     /// Whether the router in front may be asked for ports.
     pub(super) port_mapping: bool,
-    pub(super) network: watch::Receiver<()>,
+    pub(super) network: watch::Receiver<u64>,
     pub(super) socket: Arc<DirectSocket>,
     pub(super) demux: Arc<Demux>,
     pub(super) quic: Endpoint,
@@ -110,6 +112,7 @@ impl PathTask {
             knocked: knocked_sender,
         });
         let _registration = self.demux.register(entry.clone());
+        let moves = *self.network.borrow_and_update();
         let tcp = TcpSchedule::new(Instant::now(), self.role == IceRole::Controlled);
         let driver = Driver {
             task: self,
@@ -130,6 +133,7 @@ impl PathTask {
             early: None,
             current: None,
             probing: None,
+            moves,
         };
         driver.run().await;
     }
@@ -166,10 +170,13 @@ struct Driver {
     current: Option<Current>,
     /// Held while this session probes.
     probing: Option<OwnedSemaphorePermit>,
+    /// How often the way to others had become another one.
+    moves: u64,
 }
 
 /// The connection that the session got last.
 struct Current {
+    connection: Connection,
     /// The connection's own address changes when a NAT maps it anew.
     path: Path,
     closed: Pin<Box<dyn Future<Output = ConnectionError> + Send>>,
@@ -236,7 +243,7 @@ impl Driver {
                     _ => self.lost(&error.to_string()),
                 },
                 _ = interfaces.tick() => self.list_interfaces(),
-                Ok(()) = self.task.network.changed() => self.list_interfaces(),
+                Ok(()) = self.task.network.changed() => self.network_changed(),
                 () = reached(self.ask_router) => self.ask_router(),
                 () = router_said(&mut self.router) => self.tell_addresses(),
             }
@@ -378,7 +385,14 @@ impl Driver {
         let local = confirmed.map(|confirmed| confirmed.local.address);
         let watched = connection.clone();
         let closed = Box::pin(async move { watched.closed().await });
-        self.current = Some(Current { path, closed });
+        let before = self.current.replace(Current { path, connection: connection.clone(), closed });
+        // Both ends are on the new one by then, if it is of any use.
+        if let Some(Current { connection, .. }) = before.filter(|_| self.task.role == IceRole::Controlling) {
+            tokio::spawn(async move {
+                sleep(LINGER).await;
+                connection.close(0u32.into(), b"");
+            });
+        }
         self.tcp.quic_came(Instant::now());
         self.tell(|agent, now| agent.path_in_use(now, path));
         self.push(DirectEvent::Connected { connection, local });
@@ -441,6 +455,18 @@ impl Driver {
         if let Some(current) = self.current.take() {
             self.tcp.quic_lost(Instant::now(), true);
             self.tell(|agent, now| agent.path_poor(now, current.path, reason));
+        }
+    }
+
+    fn network_changed(&mut self) {
+        self.list_interfaces();
+        let moves = *self.task.network.borrow_and_update();
+        if std::mem::replace(&mut self.moves, moves) != moves {
+            if let Some(router) = &self.router {
+                router.mapped.network_changed();
+            }
+            self.tcp.changed(Instant::now());
+            self.tell(|agent, now| agent.network_changed(now));
         }
     }
 

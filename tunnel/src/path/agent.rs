@@ -1,7 +1,7 @@
 //! The agent: what comes in, what is due, what goes out.
 
 use std::collections::VecDeque;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use stun_rs::attributes::stun::{MappedAddress, XorMappedAddress};
@@ -12,7 +12,7 @@ use super::candidate::{Candidate, CandidateKind, is_private, may_check};
 use super::check::{Codec, Credentials, IceRole, Received, Request, Response};
 use super::checklist::{CandidatePair, Checklist};
 use super::exchange::Exchange;
-use super::gather::{Gatherer, Mapping};
+use super::gather::{AHEAD, Gatherer, Mapping};
 use super::local::{LocalSocket, Path};
 use super::message::{CandidateMessage, InvalidMessage, MAX_LISTENING, State};
 use super::probing::{self, Prober};
@@ -209,6 +209,11 @@ impl Round {
         self.own.as_ref().map_or(LocalSocket::DEVICE, |(socket, _)| *socket)
     }
 
+    /// It has a socket of its own, for which our NAT takes one port after the other.
+    fn counts_ports(&self) -> bool {
+        self.own.as_ref().is_some_and(|(_, gatherer)| gatherer.mapping() == Mapping::Sequential)
+    }
+
     /// Something of the peer has come in.
     fn is_alive(&self) -> bool {
         self.checklist.pairs().iter().any(CandidatePair::is_alive)
@@ -298,6 +303,17 @@ impl PathAgent {
             if !self.exchange.theirs().listening.is_empty() {
                 self.tell_listening();
             }
+        }
+        self.run(now);
+    }
+
+    /// The way to the others may be another one, although the addresses are the same: another default route, or the machine was
+    /// asleep.
+    pub fn network_changed(&mut self, now: Instant) {
+        self.mapping = Mapping::Unknown;
+        self.prober.forget();
+        if let Some(schedule) = &mut self.schedule {
+            schedule.network_changed(now);
         }
         self.run(now);
     }
@@ -436,7 +452,7 @@ impl PathAgent {
             || paths.into_iter().any(|path| path.socket == socket)
     }
 
-    /// The carrier over `path` is up. No rounds while it is.
+    /// The carrier over `path` is up. No rounds while it is, unless the network changes.
     pub fn path_in_use(&mut self, now: Instant, path: Path) {
         self.settle_on(now, path);
         // Its checks took too long, and the carrier proves the same.
@@ -737,6 +753,10 @@ impl PathAgent {
         if let Some(schedule) = &mut self.schedule {
             schedule.failed(now, jitter);
         }
+        if self.in_use.is_some() {
+            // There was nothing better.
+            return;
+        }
         let next = self.schedule.as_ref().and_then(Schedule::due);
         self.push(Event::Failed { round: self.round_number, next });
     }
@@ -802,6 +822,19 @@ impl PathAgent {
             .seen_in_time
             .iter()
             .map(|address| Candidate { kind: CandidateKind::ServerReflexive, address: *address });
+        if round.own.is_some() && [self.mapping, self.exchange.theirs().mapping] == [Mapping::Sequential; 2] {
+            // Both NATs count: the nth opener of each end is to meet the nth of the other, so nothing else takes a port before,
+            // and none before the servers were asked.
+            if !round.counts_ports() {
+                return;
+            }
+            for candidate in in_turn(&self.exchange.theirs().candidates, self.role) {
+                if may_check(candidate.address, &self.hosts) {
+                    round.checklist.add(now, round.socket(), candidate);
+                }
+            }
+            return;
+        }
         for candidate in self.exchange.theirs().candidates.iter().copied().chain(seen) {
             // Each check of ours would take a port of our NAT, and the peer's own guesses would be wrong.
             let hopeless = candidate.kind == CandidateKind::Predicted && depends_on_destination;
@@ -828,7 +861,7 @@ impl PathAgent {
             None => {}
         }
         let Some(id) = stun::answers(datagram) else { return false };
-        if self.gathered(path, id, datagram) {
+        if self.gathered(now, path, id, datagram) {
             return true;
         }
         let Some(round) = self.round.as_mut().filter(|round| round.checklist.asked(path, id)) else {
@@ -864,7 +897,7 @@ impl PathAgent {
     }
 
     /// Takes a server's answer. `false`: it is none.
-    fn gathered(&mut self, path: Path, id: TransactionId, datagram: &[u8]) -> bool {
+    fn gathered(&mut self, now: Instant, path: Path, id: TransactionId, datagram: &[u8]) -> bool {
         let own = self.round.as_mut().and_then(|round| round.own.as_mut());
         let gatherer = match own {
             Some((socket, gatherer)) if *socket == path.socket => gatherer,
@@ -882,6 +915,7 @@ impl PathAgent {
             }
             if is_new {
                 self.push(Event::ServerReflexive(mapped));
+                self.add_candidates(now);
             }
         }
         true
@@ -891,6 +925,13 @@ impl PathAgent {
     fn judge(&mut self, now: Instant) {
         let Some(round) = &mut self.round else { return };
         let nominated = if self.role == IceRole::Controlling { round.checklist.nominate(now) } else { None };
+        let kept = self.in_use.filter(|_| self.schedule.as_ref().is_some_and(Schedule::is_in_use));
+        if nominated.is_some_and(|path| kept.is_some_and(|kept| kept.path == path)) {
+            // The network has changed, and the path in use is still the best.
+            self.round = None;
+            self.gatherer.stop();
+            return;
+        }
         if let Some(nominated) = nominated.and_then(|path| self.describe(path)) {
             self.nominated = Some(nominated);
             self.push(Event::Nominated(nominated));
@@ -992,6 +1033,20 @@ impl PathAgent {
         }
         self.events.push_back(event);
     }
+}
+
+/// The ports that a NAT which counts is expected to take next, in the order in which an end sends to them whose own NAT counts,
+/// too. Datagram k leaves by our port a + k, to the peer's b + k; its datagram k the other way round, so both NATs let them in. If
+/// others have taken n ports since the servers were asked, at both NATs together, one end has to be n ports ahead: the
+/// controlling one leaves out each fifth.
+fn in_turn(candidates: &[Candidate], role: IceRole) -> impl Iterator<Item = Candidate> {
+    let predicted = candidates.iter().filter(|candidate| candidate.kind == CandidateKind::Predicted);
+    let leaves_out = move |n: usize| role == IceRole::Controlling && n % 5 == 4;
+    predicted
+        .take(AHEAD.into())
+        .enumerate()
+        .filter(move |(n, _)| !leaves_out(*n))
+        .map(|(_, candidate)| *candidate)
 }
 
 /// What a STUN server says, in today's form or that of RFC 3489.

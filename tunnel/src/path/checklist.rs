@@ -294,7 +294,8 @@ impl Checklist {
     pub(super) fn send(&mut self, now: Instant, id: TransactionId) -> Option<Check> {
         let is_due = |pair: &&CandidatePair| self.pair_due(pair).is_some_and(|due| due <= now);
         let first = |pair: &&CandidatePair| (pair.urgent, pair.remote.kind.priority());
-        let path = self.pairs.iter().filter(is_due).max_by_key(first)?.path();
+        // Among equals the first, which is the likeliest.
+        let path = self.pairs.iter().rev().filter(is_due).max_by_key(first)?.path();
         let opening = self.opening;
         let pair = self.get_mut(path)?;
         let full_size = pair.is_valid();
@@ -425,6 +426,8 @@ mod tests {
         }
         assert_eq!(sent.len(), 3, "all at once");
         assert!(sent.iter().all(|check| check.opener));
+        let order: Vec<_> = sent.iter().map(|check| check.path.remote).collect();
+        assert!(order.is_sorted(), "the likeliest first: {order:?}");
         let released = start + Duration::from_secs(3);
         while let Some(now) = checklist.due().filter(|due| *due < released) {
             assert!(checklist.send(now, [9; 12]).expect("it is due").opener);

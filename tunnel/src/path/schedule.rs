@@ -28,6 +28,14 @@ const POOR_PATIENCE: [Duration; 5] = [
     Duration::from_secs(900),
     Duration::from_secs(3600),
 ];
+/// A path that comes and goes may fall so often; after each further fall it is left alone for so long. The relay is calmer.
+const FALLS: usize = 3;
+const FALLS_PATIENCE: [Duration; 3] =
+    [Duration::from_secs(15), Duration::from_secs(30), Duration::from_secs(60)];
+/// A path that lasted this long is none that comes and goes.
+const STEADY_PATH: Duration = Duration::from_secs(600);
+/// While a path is in use, a network that changes all the time is looked at no more often.
+const LOOK_AGAIN: Duration = Duration::from_secs(10);
 /// A wait is longer by up to this part of itself, so that many sessions do not fall into step.
 const JITTER_PARTS: u32 = 8;
 /// A path that lasted this long was a good one: its loss says nothing about the next.
@@ -41,14 +49,26 @@ pub(super) struct Schedule {
     failures: usize,
     /// How often a path was left for a better way.
     left: usize,
+    /// How often a path was lost after it was in use, since one was steady.
+    falls: usize,
+    /// When the network changed last while a path was in use.
+    looked: Option<Instant>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
-    Waiting { until: Instant },
+    Waiting {
+        until: Instant,
+    },
     Running,
-    Confirmed { at: Instant },
-    InUse { since: Instant },
+    Confirmed {
+        at: Instant,
+    },
+    /// `look`: the network has changed, there may be a better one.
+    InUse {
+        since: Instant,
+        look: Option<Instant>,
+    },
 }
 
 /// What the time has brought.
@@ -62,7 +82,7 @@ pub(super) enum Due {
 impl Schedule {
     /// The first round starts at once.
     pub(super) fn new(now: Instant) -> Self {
-        Self { state: State::Waiting { until: now }, failures: 0, left: 0 }
+        Self { state: State::Waiting { until: now }, failures: 0, left: 0, falls: 0, looked: None }
     }
 
     /// When [`Self::poll`] has something to say.
@@ -70,25 +90,37 @@ impl Schedule {
         match self.state {
             State::Waiting { until } => Some(until),
             State::Confirmed { at } => Some(at + UNUSED),
-            State::Running | State::InUse { .. } => None,
+            State::InUse { look, .. } => look,
+            State::Running => None,
         }
     }
 
     pub(super) fn poll(&self, now: Instant) -> Option<Due> {
         self.due().filter(|due| *due <= now)?;
-        Some(if matches!(self.state, State::Waiting { .. }) { Due::Round } else { Due::Unused })
+        Some(if matches!(self.state, State::Confirmed { .. }) { Due::Unused } else { Due::Round })
     }
 
     pub(super) fn started(&mut self) {
-        self.state = State::Running;
+        match &mut self.state {
+            State::InUse { look, .. } => *look = None,
+            state => *state = State::Running,
+        }
     }
 
+    /// Means nothing while a path is in use: that is kept until the other one carries.
     pub(super) fn confirmed(&mut self, now: Instant) {
-        self.state = State::Confirmed { at: now };
+        if !matches!(self.state, State::InUse { .. }) {
+            self.state = State::Confirmed { at: now };
+        }
     }
 
     pub(super) fn in_use(&mut self, now: Instant) {
-        self.state = State::InUse { since: now };
+        self.state = State::InUse { since: now, look: None };
+    }
+
+    /// A path is in use.
+    pub(super) fn is_in_use(&self) -> bool {
+        matches!(self.state, State::InUse { .. })
     }
 
     /// The next round should be a careful one: every other one after a failure.
@@ -113,11 +145,19 @@ impl Schedule {
     /// while no path is known.
     pub(super) fn lost(&mut self, now: Instant, jitter: u64) {
         match self.state {
-            State::InUse { since } if now.saturating_duration_since(since) >= GOOD_PATH => {
-                self.failures = 0;
+            State::InUse { since, .. } => {
+                let lasted = now.saturating_duration_since(since);
+                self.falls = if lasted >= STEADY_PATH { 1 } else { self.falls + 1 };
+                self.failures = if lasted >= GOOD_PATH { 0 } else { self.failures + 1 };
                 self.wait(now, jitter);
+                if let (Some(more), State::Waiting { until }) =
+                    (self.falls.checked_sub(FALLS + 1), &mut self.state)
+                {
+                    let patience = FALLS_PATIENCE[more.min(FALLS_PATIENCE.len() - 1)];
+                    *until = later(now, patience, jitter).max(*until);
+                }
             }
-            State::InUse { .. } | State::Confirmed { .. } => self.fail(now, jitter),
+            State::Confirmed { .. } => self.fail(now, jitter),
             State::Waiting { .. } | State::Running => {}
         }
     }
@@ -141,9 +181,14 @@ impl Schedule {
 
     /// An end is on another network now: failures of the past mean nothing.
     pub(super) fn network_changed(&mut self, now: Instant) {
-        (self.failures, self.left) = (0, 0);
-        if let State::Waiting { until } = &mut self.state {
-            *until = now.min(*until);
+        (self.failures, self.left, self.falls) = (0, 0, 0);
+        match &mut self.state {
+            State::Waiting { until } => *until = now.min(*until),
+            State::InUse { look, .. } => {
+                let soon = self.looked.map_or(now, |looked| now.max(looked + LOOK_AGAIN));
+                self.looked = Some(*look.get_or_insert(soon));
+            }
+            State::Running | State::Confirmed { .. } => {}
         }
     }
 
@@ -216,7 +261,28 @@ mod tests {
             waits.push((due - now).as_secs());
             now = due;
         }
-        assert_eq!(waits, [2, 5, 8, 8, 8, 8, 8, 8, 15, 25, 45, 45]);
+        assert_eq!(waits, [2, 5, 8, 15, 30, 60, 60, 60, 60, 60, 60, 60]);
+    }
+
+    #[test]
+    fn after_three_falls_it_is_left_alone_however_long_it_lasted() {
+        let mut now = Instant::now();
+        let mut schedule = Schedule::new(now);
+        let mut fall = |lasts: Duration| {
+            schedule.started();
+            schedule.confirmed(now);
+            schedule.in_use(now);
+            now += lasts;
+            schedule.lost(now, 0);
+            let due = schedule.due().expect("another round");
+            let wait = (due - now).as_secs();
+            now = due;
+            wait
+        };
+        let waits: Vec<_> = (0..7).map(|_| fall(GOOD_PATH + ROUND)).collect();
+        assert_eq!(waits, [0, 0, 0, 15, 30, 60, 60]);
+        let waits: Vec<_> = [STEADY_PATH, GOOD_PATH, GOOD_PATH, GOOD_PATH].map(fall).into();
+        assert_eq!(waits, [0, 0, 0, 15]);
     }
 
     #[test]
@@ -257,8 +323,27 @@ mod tests {
         assert_eq!(schedule.due(), Some(start + PATIENCE[11]));
         schedule.network_changed(start);
         assert_eq!(schedule.due(), Some(start));
+    }
+
+    #[test]
+    fn another_network_is_looked_at_while_the_path_is_kept() {
+        let start = Instant::now();
+        let mut schedule = Schedule::new(start);
         schedule.in_use(start);
-        schedule.network_changed(start);
         assert_eq!(schedule.due(), None);
+        schedule.network_changed(start);
+        assert_eq!(schedule.poll(start), Some(Due::Round));
+        schedule.started();
+        assert_eq!(schedule.due(), None);
+        // It comes and goes.
+        schedule.network_changed(start);
+        schedule.network_changed(start + ROUND);
+        assert_eq!(schedule.due(), Some(start + LOOK_AGAIN));
+        schedule.started();
+        schedule.confirmed(start + LOOK_AGAIN);
+        schedule.failed(start + LOOK_AGAIN, 0);
+        assert_eq!(schedule.due(), None);
+        schedule.lost(start + GOOD_PATH, 0);
+        assert_eq!(schedule.poll(start + GOOD_PATH), Some(Due::Round));
     }
 }

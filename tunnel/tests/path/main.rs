@@ -28,6 +28,11 @@ fn becomes_direct(one: Kind, other: Kind) -> bool {
     one != Kind::Blocked && other != Kind::Blocked && !(depends(one) && depends(other))
 }
 
+/// Two NATs that count meet where others leave them in peace.
+fn is_chance(one: Kind, other: Kind) -> bool {
+    one == Kind::Sequential && other == Kind::Sequential
+}
+
 /// Whether only many sockets help: one NAT takes random ports, and the other end's lets nobody in whom it did not ask for.
 fn needs_probing(one: Kind, other: Kind) -> bool {
     let filters = |kind| matches!(kind, Kind::Firewall | Kind::PortRestricted | Kind::Rejecting);
@@ -40,13 +45,15 @@ fn every_pair_of_nats() {
         for agent in Kind::ALL {
             let mut world = World::new(technician, agent, 1);
             let took = world.run_while_not(seconds(90), World::is_direct);
-            let expected = becomes_direct(technician, agent);
+            let expected =
+                becomes_direct(technician, agent) || (took.is_some() && is_chance(technician, agent));
             assert_eq!(took.is_some(), expected, "{technician:?} x {agent:?}: {took:?}");
             if let Some(took) = took {
                 let has = |kind| [technician, agent].contains(&kind);
                 let most = millis(match () {
                     () if needs_probing(technician, agent) => 6_000,
                     () if has(Kind::Rejecting) => 2_000,
+                    () if is_chance(technician, agent) => 90_000,
                     () if has(Kind::Sequential) => 400,
                     () => 250,
                 });
@@ -146,6 +153,28 @@ fn isolated_neighbours_need_a_router_that_hairpins() {
             assert!(took.is_some() == is_likely, "{kind:?}: {took:?}");
         }
     }
+}
+
+/// So many ports as others have taken at both NATs together between the servers' answers and the first opener, the ends can make
+/// up for. What is taken between openers, they cannot.
+#[test]
+fn two_nats_that_count_meet() {
+    for (others, most) in [([0, 0], 1), ([1, 0], 1), ([0, 1], 1), ([0, 2], 1)] {
+        for seed in 0..20 {
+            let mut world = World::new(Kind::Sequential, Kind::Sequential, seed);
+            world.nats.iter_mut().for_each(|nat| nat.is_busy = false);
+            world.others_take = others;
+            let took = world.run_while_not(seconds(10), World::is_direct);
+            let careful_rounds = world.technician.failed.len();
+            assert!(took.is_some_and(|took| took <= seconds(2)), "{others:?} ports: {took:?}");
+            assert!(careful_rounds <= most, "{others:?} ports: {careful_rounds} rounds before");
+        }
+    }
+    let busy = (0..200).filter(|seed| {
+        let mut world = World::new(Kind::Sequential, Kind::Sequential, *seed);
+        world.run_while_not(seconds(60), World::is_direct).is_some()
+    });
+    println!("every third port is somebody else's: {} of 200 direct within a minute", busy.count());
 }
 
 /// Pairs that would stay on the relay, or be long in coming.
@@ -276,7 +305,45 @@ fn a_path_that_comes_and_goes_is_left_alone() {
         }
     }
     let found = world.technician.confirmed.len();
-    assert!((8..=22).contains(&found), "{found} paths in 10 minutes");
+    assert!((8..=14).contains(&found), "{found} paths in 10 minutes");
+}
+
+#[test]
+fn a_path_without_answers_is_never_chosen() {
+    for unanswered in [[true, false], [false, true], [true, true]] {
+        for kind in [Kind::Open, Kind::PortRestricted, Kind::Rejecting] {
+            let mut world = World::new(kind, kind, 1);
+            world.unanswered = unanswered;
+            assert_eq!(world.run_while_not(seconds(120), World::is_direct), None, "{unanswered:?}, {kind:?}");
+            assert!(world.technician.confirmed.is_empty() && world.agent.confirmed.is_empty());
+            world.unanswered = [false; 2];
+            world.run_while_not(seconds(60), World::is_direct).expect("a direct path");
+        }
+    }
+}
+
+#[test]
+fn another_network_is_looked_at_while_the_path_is_kept() {
+    let mut world = World::new(Kind::PortRestricted, Kind::PortRestricted, 1);
+    world.run_while_not(seconds(1), World::is_direct).expect("a direct path");
+    world.run_for(seconds(60));
+    // Better at both ends, and the old one works.
+    world.gain_ipv6(0);
+    world.gain_ipv6(1);
+    let is_better = |world: &World| world.technician.carrier_remote().is_some_and(|remote| remote.is_ipv6());
+    let took = world.run_while_not(seconds(15), |world| world.is_direct() && is_better(world));
+    assert!(took.is_some() && world.technician.lost == 0, "{took:?}, {} lost", world.technician.lost);
+    // Whatever comes, what is still the best is not dialled again, and nobody is flooded.
+    let (confirmed, sent) = (world.technician.confirmed.len(), world.technician.datagrams);
+    for _ in 0..60 {
+        let now = world.now;
+        world.technician.path.network_changed(now);
+        world.run_for(seconds(1));
+    }
+    assert_eq!((world.technician.confirmed.len(), world.technician.lost), (confirmed, 0));
+    let sent = world.technician.datagrams - sent;
+    println!("after {took:?}; a network that changes each second for a minute costs {sent} datagrams");
+    assert!(world.is_direct() && sent < 200, "{sent} datagrams");
 }
 
 #[test]
@@ -576,6 +643,7 @@ proptest! {
             prop_assert!(unlucky <= 5, "{unlucky} were not lucky: {technician:?} x {agent:?}");
         }
         let expected = becomes_direct(technician, agent);
+        let excused = excused || is_chance(technician, agent);
         prop_assert!(direct == expected || excused, "{technician:?} x {agent:?}: direct: {direct}");
         for end in [&world.technician, &world.agent] {
             let most = 200 + 15 * world.elapsed().as_secs() + end.probed as u64 * u64::from(PROBES);
@@ -638,7 +706,7 @@ proptest! {
                 prop_assert_eq!(technician.local.address.port(), agent.remote.address.port());
                 prop_assert_eq!(technician.remote.address.port(), agent.local.address.port());
             }
-        } else {
+        } else if !is_chance(technician, agent) {
             prop_assert!(world.run_while_not(seconds(20), World::is_direct).is_none());
             prop_assert!(world.technician.confirmed.is_empty() && world.agent.confirmed.is_empty());
         }

@@ -61,6 +61,8 @@ pub(crate) struct Nat {
     came: HashMap<(SocketAddr, SocketAddr), u16>,
     /// Whether what is inside reaches it by its outside address (RFC 4787 section 6).
     pub(crate) hairpins: bool,
+    /// Whether others take ports, too, where it takes one after the other.
+    pub(crate) is_busy: bool,
 }
 
 impl Nat {
@@ -76,6 +78,7 @@ impl Nat {
             kept: HashMap::new(),
             came: HashMap::new(),
             hairpins: false,
+            is_busy: true,
         }
     }
 
@@ -84,6 +87,11 @@ impl Nat {
         let port = 9_000 + self.kept.len() as u16;
         self.kept.insert(port, inside);
         SocketAddr::new(self.public, port)
+    }
+
+    /// Somebody else takes so many ports.
+    pub(crate) fn take(&mut self, ports: u16) {
+        self.ports_used += ports;
     }
 
     /// Forgets everything; new mappings get other ports.
@@ -128,7 +136,8 @@ impl Nat {
             self.ports_used += 1;
             match self.kind {
                 // Every third one is somebody else's.
-                Kind::Sequential => 10_000 + self.ports_used + self.ports_used / 2,
+                Kind::Sequential if self.is_busy => 10_000 + self.ports_used + self.ports_used / 2,
+                Kind::Sequential => 10_000 + self.ports_used,
                 // Meets every port of a range once.
                 _ => 30_000 + (u32::from(self.ports_used) * 7_919 % 35_000) as u16,
             }

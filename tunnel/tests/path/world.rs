@@ -1,7 +1,7 @@
 //! Two agents in virtual time: networks behind NATs, a lossy internet with a STUN server, a relay that
 //! loses, repeats and reorders messages, and the shells that drive the agents.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
@@ -51,6 +51,8 @@ pub(crate) struct World {
     pub(crate) agent: End,
     /// Longest datagram that gets from the technician to the agent, and back.
     pub(crate) longest: [usize; 2],
+    /// Whose checks get no answer: it is lost on the way back.
+    pub(crate) unanswered: [bool; 2],
     /// Neighbours do not reach each other but through their router.
     pub(crate) are_isolated: bool,
     pub(crate) stun_answers: bool,
@@ -59,6 +61,9 @@ pub(crate) struct World {
     stopped: Option<usize>,
     /// Messages for the end that is stopped.
     waiting: Vec<Delivery>,
+    /// How many ports others take at each NAT, each time before an end's first opener from a socket.
+    pub(crate) others_take: [u16; 2],
+    opened: HashSet<(usize, LocalSocket)>,
 }
 
 enum Delivery {
@@ -198,6 +203,8 @@ impl World {
             queue: BTreeMap::new(),
             stopped: None,
             waiting: Vec::new(),
+            others_take: [0; 2],
+            opened: HashSet::new(),
             sent: 0,
             internet: link,
             relay: link,
@@ -206,6 +213,7 @@ impl World {
             technician,
             agent,
             longest: [usize::MAX; 2],
+            unanswered: [false; 2],
             are_isolated: false,
             stun_answers: true,
             carriers_pass: true,
@@ -314,7 +322,9 @@ impl World {
             }
             Delivery::Datagram { source, destination, payload, from } => {
                 let passes = self.carriers_pass || stun::is_stun(&payload);
-                if from < 2 && (payload.len() > self.longest[from] || !passes) {
+                // A success response to a Binding request (RFC 8489 section 5).
+                let is_lost = from < 2 && payload.starts_with(&[0x01, 0x01]) && self.unanswered[1 - from];
+                if from < 2 && (payload.len() > self.longest[from] || !passes || is_lost) {
                     return;
                 }
                 let now = self.now;
@@ -360,6 +370,9 @@ impl World {
                 let source = if neighbour {
                     Some(address)
                 } else {
+                    if hops.is_some() && self.opened.insert((index, socket)) {
+                        self.nats[site].take(self.others_take[site]);
+                    }
                     self.nat(site, destination).outbound(address, destination)
                 };
                 if let Some(source) = source.filter(|_| hops.is_none() || neighbour) {
