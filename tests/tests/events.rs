@@ -24,7 +24,8 @@ lab_tests!(
     another_address_at_the_agent,
     ipv6_gone_at_the_technician,
     interface_down_for_5_s,
-    technician_stopped_for_15_s
+    technician_stopped,
+    agent_stopped
 );
 
 /// Longest gap between ticks.
@@ -181,16 +182,31 @@ async fn interface_down_for_5_s() -> anyhow::Result<()> {
     .map(drop)
 }
 
-async fn technician_stopped_for_15_s() -> anyhow::Result<()> {
-    const STOPPED: Duration = Duration::from_secs(15);
+async fn technician_stopped() -> anyhow::Result<()> {
     let topology = Topology::new(NatKind::Cone, NatKind::Cone);
-    during(Setup::new(topology), "direct", STOPPED + MARK_RELAY_KILLED, async |_, forward| {
+    during(Setup::new(topology), "direct", stopped() + MARK_RELAY_KILLED, async |_, forward| {
         forward.process.pause()?;
-        tokio::time::sleep(STOPPED).await;
+        tokio::time::sleep(stopped()).await;
         forward.process.go_on()
     })
     .await
     .map(drop)
+}
+
+async fn agent_stopped() -> anyhow::Result<()> {
+    let topology = Topology::new(NatKind::Cone, NatKind::Cone);
+    during(Setup::new(topology), "direct", stopped() + MARK_RELAY_KILLED, async |world, _| {
+        world.agent.pause()?;
+        tokio::time::sleep(stopped()).await;
+        world.agent.go_on()
+    })
+    .await
+    .map(drop)
+}
+
+/// As a lid that is closed: for 15 s, in the long form for ten minutes.
+fn stopped() -> Duration {
+    Duration::from_secs(if std::env::var_os("ADIT_TEST_LONG").is_some() { 600 } else { 15 })
 }
 
 /// Brings `setup` up with lines of 100 Mbit/s, waits for `tier`, and lets `event` happen while bytes

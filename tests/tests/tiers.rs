@@ -5,10 +5,11 @@ use std::time::{Duration, Instant};
 use adit_tests::lab::{Link, NatKind, Neighbours, Topology};
 use adit_tests::lab_tests;
 use adit_tests::poll;
-use adit_tests::traffic::{TransferServer, download, upload};
-use adit_tests::world::{Setup, World};
+use adit_tests::traffic::{TransferServer, download, echo, echoed, upload};
+use adit_tests::world::{AGENT, PATIENCE, Setup, World};
 use anyhow::{Context, ensure};
 use serde_json::Value;
+use tokio::net::UdpSocket;
 use tokio::time::sleep;
 
 lab_tests!(
@@ -41,7 +42,9 @@ lab_tests!(
     isolated_segments_need_a_router_that_hairpins,
     routers_that_map_ports_on_request,
     a_router_gets_its_ports_back_from_who_was_killed,
-    a_router_that_somebody_has_set_up
+    a_router_that_somebody_has_set_up,
+    only_the_tier_that_is_wanted,
+    a_full_range_of_ports_is_told_and_the_relay_carries
 );
 
 async fn cone_and_cone_are_direct() -> anyhow::Result<()> {
@@ -289,6 +292,46 @@ async fn a_router_that_somebody_has_set_up() -> anyhow::Result<()> {
     let event = forward.process.event(Duration::from_secs(20), "tier", 0, by_tcp).await?;
     println!("after UDP was blocked: {event}");
     download(&world.lab.technician.host, forward.local[0], 1, BYTES, DEADLINE).await?;
+    Ok(())
+}
+
+/// `--via`, where both ways work.
+async fn only_the_tier_that_is_wanted() -> anyhow::Result<()> {
+    let world = World::up(Setup::new(Topology::new(NatKind::Cone, NatKind::Cone))).await?;
+    let target = echo(&world.lab.agent.host).await?;
+    for wanted in ["relay", "direct"] {
+        let (data, spec) = (world.data("technician"), format!("127.0.0.1:0:127.0.0.1:{}", target.port()));
+        let forward =
+            world.technician(&["forward", AGENT, "-L", &spec, "--via", wanted, "--json", "--data", &data])?;
+        let local = |event: &Value| event["local"].as_str()?.parse().ok();
+        let local = forward.event(PATIENCE, "listening", 0, local).await?;
+        world.lab.technician.host.task(echoed(local))?.await??;
+        // Not a wait for something: the other way would have come about in a tenth of that.
+        sleep(Duration::from_secs(2)).await;
+        let tiers: Vec<_> = forward.events("tier").into_iter().map(|event| event["tier"].clone()).collect();
+        ensure!(!tiers.is_empty() && tiers.iter().all(|tier| *tier == wanted), "{wanted}: {tiers:?}");
+    }
+    Ok(())
+}
+
+/// `[p2p] ports` with one port, which somebody else has.
+async fn a_full_range_of_ports_is_told_and_the_relay_carries() -> anyhow::Result<()> {
+    let mut world = World::up(Setup::new(Topology::new(NatKind::Cone, NatKind::Cone))).await?;
+    world.lab.agent.host.task(async {
+        let _taken = UdpSocket::bind(("0.0.0.0", 40_000)).await?;
+        std::future::pending::<anyhow::Result<()>>().await
+    })?;
+    let file = format!("{}/config.toml", world.data("agent"));
+    let settings = std::fs::read_to_string(&file)?.replace("[p2p]\n", "[p2p]\nports = \"40000-40000\"\n");
+    std::fs::write(&file, settings)?;
+    world.agent.kill().await?;
+    world.restart_agent().await?;
+    let target = echo(&world.lab.agent.host).await?;
+    let forward = world.forward(&[&format!("127.0.0.1:{}", target.port())]).await?;
+    world.lab.technician.host.task(echoed(forward.local[0]))?.await??;
+    let told = |line: &String| line.contains("no free UDP port in 40000-40000; [p2p] ports sets the range");
+    ensure!(world.agent.error_lines().iter().any(told), "{:?}", world.agent.error_lines());
+    ensure!(forward.tier().as_deref() == Some("relay"));
     Ok(())
 }
 

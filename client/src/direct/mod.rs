@@ -335,10 +335,10 @@ impl DirectHandle {
         self.tell(Command::Silent(reason.to_owned()));
     }
 
-    /// The connection handed out last loses too much, and is being closed for that reason. The search starts again after a
-    /// while, and later each time.
-    pub fn poor(&self, reason: &str) {
-        self.tell(Command::Poor(reason.to_owned()));
+    /// The connection with this [`Connection::stable_id`] loses too much, and is being closed for that reason. If it is the one
+    /// handed out last, the search starts again after a while, and later each time.
+    pub fn poor(&self, connection: usize, reason: &str) {
+        self.tell(Command::Poor { connection, reason: reason.to_owned() });
     }
 
     fn tell(&self, command: Command) {

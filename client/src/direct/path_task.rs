@@ -15,7 +15,7 @@ use quinn::{ClientConfig, ConnectError, Connection, ConnectionError, Endpoint};
 use tokio::net::{TcpStream, lookup_host};
 use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, oneshot, watch};
 use tokio::task::{JoinError, JoinSet};
-use tokio::time::{MissedTickBehavior, interval_at, sleep, sleep_until, timeout};
+use tokio::time::{MissedTickBehavior, interval_at, sleep_until, timeout};
 
 use super::demux::{Demux, Entry};
 use super::loss::lost_percent;
@@ -32,8 +32,8 @@ use super::{BindConfig, DirectEvent, StunServers, interfaces, quic};
 const RESOLVE: Duration = Duration::from_secs(2);
 /// A confirmed path takes two round trips; after this, the next round is the better bet.
 const DIAL: Duration = Duration::from_secs(3);
-/// How long a connection stays after the next one has taken its place.
-const LINGER: Duration = Duration::from_secs(5);
+/// How long a connection stays after the next one has taken its place, for the case that this one does not last.
+const LINGER: Duration = Duration::from_secs(30);
 /// How soon a new network is noticed that the system does not tell of. Listing the interfaces takes well below a millisecond.
 const INTERFACES: Duration = Duration::from_secs(5);
 /// Authenticated connections of the peer that wait for the task.
@@ -48,8 +48,8 @@ pub(super) enum Command {
     PeerSeen(SocketAddr),
     /// Nothing is heard on the current connection, and why that is thought.
     Silent(String),
-    /// The current connection is given up, and why.
-    Poor(String),
+    /// This connection is given up, and why.
+    Poor { connection: usize, reason: String },
 }
 
 /// All that the task starts with.
@@ -132,6 +132,7 @@ impl PathTask {
             confirmed: None,
             early: None,
             current: None,
+            lingering: None,
             probing: None,
             moves,
         };
@@ -168,6 +169,8 @@ struct Driver {
     /// The round and path of a connection that was dialled before its path was confirmed.
     early: Option<(u64, Path)>,
     current: Option<Current>,
+    /// The one before, and when it is closed. It stays if the current one is lost before.
+    lingering: Option<(Instant, Connection)>,
     /// Held while this session probes.
     probing: Option<OwnedSemaphorePermit>,
     /// How often the way to others had become another one.
@@ -242,6 +245,13 @@ impl Driver {
                     }
                     _ => self.lost(&error.to_string()),
                 },
+                () = reached(self.lingering.as_ref().map(|(due, _)| *due)) => {
+                    if let Some((_, connection)) = self.lingering.take()
+                        && self.task.role == IceRole::Controlling
+                    {
+                        connection.close(0u32.into(), b"");
+                    }
+                }
                 _ = interfaces.tick() => self.list_interfaces(),
                 Ok(()) = self.task.network.changed() => self.network_changed(),
                 () = reached(self.ask_router) => self.ask_router(),
@@ -344,7 +354,11 @@ impl Driver {
                     self.want_router();
                 }
             }
-            Command::Poor(reason) => self.poor(&reason),
+            Command::Poor { connection, reason } => {
+                if self.current.as_ref().is_some_and(|current| current.connection.stable_id() == connection) {
+                    self.poor(&reason);
+                }
+            }
         }
     }
 
@@ -386,13 +400,7 @@ impl Driver {
         let watched = connection.clone();
         let closed = Box::pin(async move { watched.closed().await });
         let before = self.current.replace(Current { path, connection: connection.clone(), closed });
-        // Both ends are on the new one by then, if it is of any use.
-        if let Some(Current { connection, .. }) = before.filter(|_| self.task.role == IceRole::Controlling) {
-            tokio::spawn(async move {
-                sleep(LINGER).await;
-                connection.close(0u32.into(), b"");
-            });
-        }
+        self.lingering = before.map(|before| (Instant::now() + LINGER, before.connection));
         self.tcp.quic_came(Instant::now());
         self.tell(|agent, now| agent.path_in_use(now, path));
         self.push(DirectEvent::Connected { connection, local });
@@ -444,6 +452,7 @@ impl Driver {
     /// The current connection is closed or silent.
     fn lost(&mut self, reason: &str) {
         if let Some(current) = self.current.take() {
+            self.lingering = None;
             self.tcp.quic_lost(Instant::now(), false);
             self.want_router();
             self.tell(|agent, now| agent.path_lost(now, current.path, reason));
@@ -453,6 +462,7 @@ impl Driver {
     /// The current connection is given up for a better way: by us, or by the peer.
     fn poor(&mut self, reason: &str) {
         if let Some(current) = self.current.take() {
+            self.lingering = None;
             self.tcp.quic_lost(Instant::now(), true);
             self.tell(|agent, now| agent.path_poor(now, current.path, reason));
         }

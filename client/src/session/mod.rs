@@ -444,7 +444,7 @@ async fn leave_if_lossy(
         {
             let reason = loss::reason(percent);
             if let Some(direct) = &direct {
-                direct.poor(&reason);
+                direct.poor(connection.stable_id(), &reason);
             }
             let _ = why.set(reason);
             connection.close(loss::code(percent), b"");

@@ -926,8 +926,10 @@ impl PathAgent {
         let Some(round) = &mut self.round else { return };
         let nominated = if self.role == IceRole::Controlling { round.checklist.nominate(now) } else { None };
         let kept = self.in_use.filter(|_| self.schedule.as_ref().is_some_and(Schedule::is_in_use));
-        if nominated.is_some_and(|path| kept.is_some_and(|kept| kept.path == path)) {
-            // The network has changed, and the path in use is still the best.
+        let nominee = nominated.and_then(|path| round.checklist.get(path));
+        let kept = kept.and_then(|kept| round.checklist.get(kept.path));
+        if nominee.zip(kept).is_some_and(|(nominee, kept)| kept.is_no_worse_than(nominee)) {
+            // The network has changed, and the path in use still works.
             self.round = None;
             self.gatherer.stop();
             return;
@@ -1012,7 +1014,12 @@ impl PathAgent {
         State {
             round: self.round_number,
             want_round: self.want_round,
-            mapping: if self.many_socket_probing { self.mapping } else { Mapping::Unknown },
+            // A NAT that counts is of use without many sockets, too.
+            mapping: if self.many_socket_probing || self.mapping == Mapping::Sequential {
+                self.mapping
+            } else {
+                Mapping::Unknown
+            },
             careful: controls && self.round.as_ref().is_some_and(|round| round.own.is_some()),
             open: self.prober.is_open(),
             candidates,

@@ -103,6 +103,11 @@ impl CandidatePair {
         self.state == CheckState::Succeeded && self.nominated.is_some()
     }
 
+    /// It works, and there is no reason to prefer that one.
+    pub(super) fn is_no_worse_than(&self, other: &Self) -> bool {
+        self.state == CheckState::Succeeded && self.remote.kind.priority() >= other.remote.kind.priority()
+    }
+
     /// Where its checks go.
     pub fn path(&self) -> Path {
         Path { socket: self.socket, remote: self.remote.address }

@@ -115,7 +115,9 @@ impl Schedule {
     }
 
     pub(super) fn in_use(&mut self, now: Instant) {
-        self.state = State::InUse { since: now, look: None };
+        // What has changed since the round began is still to be looked at.
+        let look = if let State::InUse { look, .. } = self.state { look } else { None };
+        self.state = State::InUse { since: now, look };
     }
 
     /// A path is in use.
