@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use adit_tests::lab::{NatKind, Rate, Topology, Traffic};
+use adit_tests::process::Process;
 use adit_tests::traffic::{TickServer, TransferServer, download, tick};
 use adit_tests::world::{Forward, Setup, World};
 use adit_tests::{lab_tests, poll};
@@ -183,30 +184,28 @@ async fn interface_down_for_5_s() -> anyhow::Result<()> {
 }
 
 async fn technician_stopped() -> anyhow::Result<()> {
-    let topology = Topology::new(NatKind::Cone, NatKind::Cone);
-    during(Setup::new(topology), "direct", stopped() + MARK_RELAY_KILLED, async |_, forward| {
-        forward.process.pause()?;
-        tokio::time::sleep(stopped()).await;
-        forward.process.go_on()
-    })
-    .await
-    .map(drop)
+    stopped(async |_, forward, time| stop(&forward.process, time).await).await
 }
 
 async fn agent_stopped() -> anyhow::Result<()> {
-    let topology = Topology::new(NatKind::Cone, NatKind::Cone);
-    during(Setup::new(topology), "direct", stopped() + MARK_RELAY_KILLED, async |world, _| {
-        world.agent.pause()?;
-        tokio::time::sleep(stopped()).await;
-        world.agent.go_on()
-    })
-    .await
-    .map(drop)
+    stopped(async |world, _, time| stop(&world.agent, time).await).await
 }
 
-/// As a lid that is closed: for 15 s, in the long form for ten minutes.
-fn stopped() -> Duration {
-    Duration::from_secs(if std::env::var_os("ADIT_TEST_LONG").is_some() { 600 } else { 15 })
+/// `stop`s an end for 15 s, in the long form for ten minutes.
+async fn stopped(
+    stop: impl AsyncFnOnce(&World, &Forward, Duration) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let time = Duration::from_secs(if std::env::var_os("ADIT_TEST_LONG").is_some() { 600 } else { 15 });
+    let topology = Topology::new(NatKind::Cone, NatKind::Cone);
+    let event = async |world: &mut World, forward: &Forward| stop(world, forward, time).await;
+    during(Setup::new(topology), "direct", time + MARK_RELAY_KILLED, event).await.map(drop)
+}
+
+/// As a lid that is closed does.
+async fn stop(process: &Process, time: Duration) -> anyhow::Result<()> {
+    process.pause()?;
+    tokio::time::sleep(time).await;
+    process.go_on()
 }
 
 /// Brings `setup` up with lines of 100 Mbit/s, waits for `tier`, and lets `event` happen while bytes

@@ -6,7 +6,7 @@ use adit_tests::lab::{Link, NatKind, Neighbours, Topology};
 use adit_tests::lab_tests;
 use adit_tests::poll;
 use adit_tests::traffic::{TransferServer, download, echo, echoed, upload};
-use adit_tests::world::{AGENT, PATIENCE, Setup, World};
+use adit_tests::world::{AGENT, Forward, PATIENCE, Setup, World};
 use anyhow::{Context, ensure};
 use serde_json::Value;
 use tokio::net::UdpSocket;
@@ -168,12 +168,7 @@ async fn far_away_tcp_steps_in_for_quic() -> anyhow::Result<()> {
     // By then TCP would have taken QUIC's place.
     tokio::time::sleep(Duration::from_secs(3)).await;
     ensure!(forward.process.events("tier").last() == Some(&event));
-    world.lab.technician.block_udp()?;
-    let by_tcp = |event: &Value| (event["carrier"] == "tcp").then(|| event.clone());
-    let event = forward.process.event(Duration::from_secs(20), "tier", 0, by_tcp).await?;
-    println!("after UDP was blocked: {event}");
-    download(&world.lab.technician.host, forward.local[0], 1, BYTES, DEADLINE).await?;
-    Ok(())
+    by_tcp_once_udp_is_blocked(&world, &forward).await
 }
 
 async fn on_one_network_it_is_tcp_between_the_two() -> anyhow::Result<()> {
@@ -287,6 +282,10 @@ async fn a_router_that_somebody_has_set_up() -> anyhow::Result<()> {
     let event = forward.reaches("direct", Duration::from_secs(10)).await?;
     println!("direct after {} ms, to {}", event["since_start_ms"], event["remote"]);
     ensure!(event["remote"] == format!("{public}:40000"), "{event}");
+    by_tcp_once_udp_is_blocked(&world, &forward).await
+}
+
+async fn by_tcp_once_udp_is_blocked(world: &World, forward: &Forward) -> anyhow::Result<()> {
     world.lab.technician.block_udp()?;
     let by_tcp = |event: &Value| (event["carrier"] == "tcp").then(|| event.clone());
     let event = forward.process.event(Duration::from_secs(20), "tier", 0, by_tcp).await?;

@@ -51,7 +51,7 @@ pub(super) struct Schedule {
     left: usize,
     /// How often a path was lost after it was in use, since one was steady.
     falls: usize,
-    /// When the network changed last while a path was in use.
+    /// When a new network was, or is to be, looked at last while a path was in use.
     looked: Option<Instant>,
 }
 
