@@ -8,8 +8,6 @@ mod backup;
 mod cli;
 mod common;
 #[cfg(target_os = "linux")]
-mod deploy;
-#[cfg(target_os = "linux")]
 mod disk;
 mod enrolment;
 #[cfg(unix)]

@@ -5,9 +5,12 @@ use bytes::BufMut;
 /// Largest value that can be encoded: 2^62 - 1.
 pub const MAX: u64 = (1 << 62) - 1;
 
-/// Appends `value`, which must not exceed [`MAX`], in 1, 2, 4 or 8 bytes, the fewest that hold it.
+/// Appends `value` in 1, 2, 4 or 8 bytes, the fewest that hold it.
+///
+/// # Panics
+/// When it exceeds [`MAX`].
 pub fn put(buffer: &mut impl BufMut, value: u64) {
-    debug_assert!(value <= MAX);
+    assert!(value <= MAX);
     match value {
         0..=0x3f => buffer.put_u8(value as u8),
         0x40..=0x3fff => buffer.put_u16(0x4000 | value as u16),

@@ -3,9 +3,10 @@
 use std::io::{self, Read};
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use adit_client::enrol::{EnrolError, Enrolment, enrol};
-use adit_client::exit::{Exit, Failure};
+use adit_client::exit::{Exit, Failure, report};
 use adit_client::identity::store::{self, Access, StoreError};
 use adit_client::proxy::Proxies;
 use adit_protocol::Role;
@@ -100,6 +101,24 @@ pub(crate) struct Data {
     /// State directory [default: the platform's own, for example ~/.local/share/adit-relay]
     #[arg(long, value_name = "DIR", env = "ADIT_DATA")]
     pub(crate) data: Option<PathBuf>,
+}
+
+/// The whole program: parses the command line, does what it says, and maps the outcome to an exit code. Here, so that
+/// the executable has next to nothing to compile.
+#[tokio::main]
+pub async fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if let Err(failure) = adit_client::log::start_as_environment_says() {
+        eprintln!("{}", report(&failure));
+        return failure.exit().into();
+    }
+    match cli.run().await {
+        Ok(()) => Exit::Done.into(),
+        Err(failure) => {
+            eprintln!("{}", report(&*failure));
+            failure.exit().into()
+        }
+    }
 }
 
 impl Cli {

@@ -9,8 +9,9 @@ mod table;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
-use adit_client::exit::Failure;
+use adit_client::exit::{Exit, Failure, report};
 use adit_protocol::Role;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -190,11 +191,34 @@ pub(crate) enum Switch {
     Off,
 }
 
-/// Does what the command line says.
-///
-/// # Errors
-/// What [`adit_client::exit::report`] makes text of.
-pub async fn run(cli: Cli) -> Result<(), Box<dyn Failure>> {
+/// The whole program: parses the command line, does what it says, and maps the outcome to an exit code. Here, so that
+/// the executable has next to nothing to compile.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    if let Command::Adit { arguments } = cli.command {
+        return adit_client::cli::main(std::iter::once("adit".into()).chain(arguments));
+    }
+    if let Err(failure) = adit_client::log::start_as_environment_says() {
+        eprintln!("{}", report(&failure));
+        return failure.exit().into();
+    }
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("error: no runtime: {error}");
+            return Exit::Failed.into();
+        }
+    };
+    match runtime.block_on(run(cli)) {
+        Ok(()) => Exit::Done.into(),
+        Err(failure) => {
+            eprintln!("{}", report(failure.as_ref()));
+            failure.exit().into()
+        }
+    }
+}
+
+async fn run(cli: Cli) -> Result<(), Box<dyn Failure>> {
     let done = match cli.command {
         Command::Init(arguments) => init(&arguments),
         Command::Run(arguments) => serve(&arguments).await,

@@ -393,12 +393,12 @@ impl Session {
     /// [`NoStream`].
     ///
     /// # Panics
-    /// In debug builds, when there are more bytes than can be written.
+    /// When there are more bytes than can be written.
     pub fn write(&mut self, id: StreamId, bytes: Bytes) -> Result<(), NoStream> {
         let live = self.live(id)?;
         let length = bytes.len() as u64;
         // Its own credit only: other streams may have taken of the budget since.
-        debug_assert!(length <= live.send.writable());
+        assert!(length <= live.send.writable());
         live.send.write(bytes);
         self.retained += length;
         self.mark_ready(id);

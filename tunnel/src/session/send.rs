@@ -74,7 +74,7 @@ impl SendHalf {
 
     /// Takes bytes from the application; never more than [`SendHalf::writable`].
     pub(super) fn write(&mut self, bytes: Bytes) {
-        debug_assert!(bytes.len() as u64 <= self.writable());
+        assert!(bytes.len() as u64 <= self.writable());
         self.end += bytes.len() as u64;
         if bytes.len() < SMALL {
             self.tail.extend_from_slice(&bytes);

@@ -1,5 +1,6 @@
 //! What `deploy/` names exists: command lines are parsed by the real parsers, sample configurations are read by
 //! the real readers, and the files that others point to are there.
+#![cfg(target_os = "linux")]
 
 use std::fs;
 use std::path::PathBuf;
