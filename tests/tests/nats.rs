@@ -1,6 +1,7 @@
 //! The NATs of the path engine's simulation and those of the lab: the same packets, the same verdicts.
 
 use std::net::SocketAddr;
+use std::time::Instant;
 
 use adit_tests::lab::{Lab, NatKind, Reflector, Topology, UdpProbe};
 use adit_tests::lab_tests;
@@ -17,10 +18,11 @@ use simulated::Kind;
 lab_tests!(simulated_nats_are_like_those_of_the_lab);
 
 /// What the simulation calls it, and the lab.
-const PAIRS: [(Kind, NatKind); 8] = [
+const PAIRS: [(Kind, NatKind); 9] = [
     (Kind::Open, NatKind::None),
     (Kind::Firewall, NatKind::Firewall),
     (Kind::FullCone, NatKind::FullCone),
+    (Kind::AddressRestricted, NatKind::AddressRestricted),
     (Kind::PortRestricted, NatKind::Cone),
     (Kind::Rejecting, NatKind::Rejecting),
     (Kind::Symmetric, NatKind::Symmetric),
@@ -54,13 +56,15 @@ async fn compare(kind: Kind, nat: NatKind) -> anyhow::Result<(usize, usize, usiz
     let mut known: Vec<(SocketAddr, SocketAddr)> = Vec::new();
     let (mut questions, mut answers, mut unasked, mut let_in) = (0, 0, 0, 0);
     let mut random = SmallRng::seed_from_u64(7);
+    // Mappings outlast the test, in both.
+    let now = Instant::now();
     for step in 0..STEPS {
         let (probe, reflector) =
             (random.random_range(0..probes.len()), random.random_range(0..reflectors.len()));
         let outside = reflectors[reflector].address;
         if known.is_empty() || random.random_bool(0.5) {
-            let mapped = simulated.outbound(inside(probe)?, outside);
-            let answered = mapped.and_then(|mapped| simulated.inbound(outside, mapped));
+            let mapped = simulated.outbound(now, inside(probe)?, outside);
+            let answered = mapped.and_then(|mapped| simulated.inbound(now, outside, mapped));
             let expected = mapped.filter(|_| answered == inside(probe).ok());
             let seen = probes[probe].mapping(&reflectors[reflector])?;
             ensure!(
@@ -83,7 +87,7 @@ async fn compare(kind: Kind, nat: NatKind) -> anyhow::Result<(usize, usize, usiz
             }
         } else {
             let (in_simulation, in_lab) = known[random.random_range(0..known.len())];
-            let expected = simulated.inbound(outside, in_simulation);
+            let expected = simulated.inbound(now, outside, in_simulation);
             reflectors[reflector].send(in_lab)?;
             unasked += 1;
             // Only one of the two can get it: the other one is not waited for.

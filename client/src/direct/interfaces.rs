@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr};
 
+use adit_tunnel::path::is_private;
 use if_addrs::{IfOperStatus, get_if_addrs};
 
 /// How names of bridges and ports of containers and virtual machines begin: their addresses are the same
@@ -27,14 +28,40 @@ const GUESTS: [&str; 18] = [
     "bridge100",
 ];
 
+/// The same of VPNs: through one lies a second tunnel, and often a long way round.
+const VPNS: [&str; 13] = [
+    "tun",
+    "tap",
+    "utun",
+    "wg",
+    "wireguard",
+    "wt0",
+    "netbird",
+    "tailscale",
+    "zt",
+    "zerotier",
+    "nordlynx",
+    "openvpn",
+    "hamachi",
+];
+
 /// Most IPv6 addresses of one machine: a desktop has one for each of the last days, and sends from the newest, which Linux
 /// names first.
 const MOST_IPV6: usize = 3;
 
-/// Addresses of the interfaces, with 127.0.0.1 only if `loopback`. Those of guests' and link-local ones are left out unless
-/// there is nothing else; link-local IPv6 ones always, because they mean something only together with an interface. Takes
-/// well below a millisecond on Linux.
-pub(super) fn addresses(loopback: bool) -> Vec<IpAddr> {
+/// Addresses of the interfaces.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Addresses {
+    /// Those by which this machine is reached, with 127.0.0.1 only if that was asked for.
+    pub(super) own: Vec<IpAddr>,
+    /// Those that are worth a try where nothing else works: of guests' interfaces, private ones of VPNs, link-local ones. Never
+    /// link-local IPv6 ones, which mean something only together with an interface. Where there is nothing else, they are among
+    /// `own`; a VPN's also where it has the only address of its version.
+    pub(super) others: Vec<IpAddr>,
+}
+
+/// Takes well below a millisecond on Linux.
+pub(super) fn addresses(loopback: bool) -> Addresses {
     let interfaces = get_if_addrs().unwrap_or_else(|error| {
         tracing::debug!(%error, "the interfaces cannot be listed");
         Vec::new()
@@ -43,24 +70,37 @@ pub(super) fn addresses(loopback: bool) -> Vec<IpAddr> {
     choose(up.map(|interface| (interface.name.as_str(), interface.ip())), loopback)
 }
 
-fn choose<'a>(interfaces: impl Iterator<Item = (&'a str, IpAddr)>, loopback: bool) -> Vec<IpAddr> {
-    let (own, others): (Vec<_>, Vec<_>) = interfaces
+fn choose<'a>(interfaces: impl Iterator<Item = (&'a str, IpAddr)>, loopback: bool) -> Addresses {
+    let interfaces = interfaces
         .filter(|(_, ip)| !ip.is_loopback() && !ip.is_unspecified())
-        .filter(|(_, ip)| !matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local() || ip.is_multicast()))
-        .partition(|(name, ip)| !is_guests(name) && !is_link_local(*ip));
-    let chosen = if own.is_empty() { others } else { own };
-    let (v4, v6): (Vec<_>, Vec<_>) = chosen.into_iter().map(|(_, ip)| ip).partition(IpAddr::is_ipv4);
+        .filter(|(_, ip)| !matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local() || ip.is_multicast()));
+    let (plain, guests): (Vec<_>, Vec<_>) =
+        interfaces.partition(|(name, ip)| !is_of(&GUESTS, name) && !is_link_local(*ip));
+    let is_vpns = |name: &str, ip: IpAddr| is_of(&VPNS, name) && is_private(ip);
+    // Without an address of one version nothing of that version is tried.
+    let is_only = |ip: IpAddr| {
+        plain.iter().all(|(name, other)| other.is_ipv4() != ip.is_ipv4() || is_vpns(name, *other))
+    };
+    let (own, vpns): (Vec<_>, Vec<_>) =
+        plain.iter().copied().partition(|(name, ip)| !is_vpns(name, *ip) || is_only(*ip));
+    let others = vpns.into_iter().chain(guests);
+    let (own, others): (Vec<_>, Vec<_>) =
+        if own.is_empty() { (others.collect(), vec![]) } else { (own, others.collect()) };
+    let ips = |listed: Vec<(&str, IpAddr)>| -> Vec<IpAddr> {
+        let (v4, v6): (Vec<_>, Vec<_>) = listed.into_iter().map(|(_, ip)| ip).partition(IpAddr::is_ipv4);
+        v4.into_iter().chain(v6.into_iter().take(MOST_IPV6)).collect()
+    };
     let loopback = loopback.then_some(Ipv4Addr::LOCALHOST.into());
-    v4.into_iter().chain(v6.into_iter().take(MOST_IPV6)).chain(loopback).collect()
+    Addresses { own: ips(own).into_iter().chain(loopback).collect(), others: ips(others) }
 }
 
 fn is_link_local(ip: IpAddr) -> bool {
     matches!(ip, IpAddr::V4(ip) if ip.is_link_local())
 }
 
-fn is_guests(name: &str) -> bool {
+fn is_of(beginnings: &[&str], name: &str) -> bool {
     let name = name.to_ascii_lowercase();
-    GUESTS.iter().any(|guest| name.starts_with(guest))
+    beginnings.iter().any(|beginning| name.starts_with(beginning))
 }
 
 #[cfg(test)]
@@ -69,7 +109,7 @@ mod tests {
 
     fn chosen(interfaces: &[(&str, &str)], loopback: bool) -> Vec<String> {
         let interfaces = interfaces.iter().map(|(name, ip)| (*name, ip.parse().expect("an address")));
-        choose(interfaces, loopback).iter().map(IpAddr::to_string).collect()
+        choose(interfaces, loopback).own.iter().map(IpAddr::to_string).collect()
     }
 
     #[test]
@@ -81,9 +121,18 @@ mod tests {
         let lan = ("eth0", "192.168.1.2");
         let vpn = ("tun0", "10.8.0.2");
         let all = [lo, docker, hyper_v, link_local, lan, vpn];
-        assert_eq!(chosen(&all, false), [lan.1, vpn.1]);
-        assert_eq!(chosen(&all, true), [lan.1, vpn.1, lo.1]);
+        assert_eq!(chosen(&all, false), [lan.1]);
+        assert_eq!(chosen(&all, true), [lan.1, lo.1]);
+        let others =
+            choose(all.iter().map(|(name, ip)| (*name, ip.parse().expect("an address"))), false).others;
+        let others: Vec<_> = others.iter().map(IpAddr::to_string).collect();
+        assert_eq!(others, [vpn.1, docker.1, hyper_v.1, link_local.1]);
         assert_eq!(chosen(&[lo, docker, link_local], false), [docker.1, link_local.1]);
+        assert_eq!(chosen(&[lo, docker, vpn], false), [vpn.1], "the only one of its version");
+        let (vpn6, public6) = (("wg0", "fd01::7"), ("wg0", "2001:db8::7"));
+        assert_eq!(chosen(&[lan, vpn6], false), [lan.1, vpn6.1]);
+        assert_eq!(chosen(&[lan, vpn6, ("eth0", "2001:db8::2")], false), [lan.1, "2001:db8::2"]);
+        assert_eq!(chosen(&[lan, public6], false), [lan.1, public6.1], "it lets others in");
         assert_eq!(chosen(&[lo], false), Vec::<String>::new());
         let (lo6, local6, docker6) = (("lo", "::1"), ("eth0", "fe80::1"), ("docker0", "fd01::1"));
         let (lan6, global6) = (("eth0", "fd00::2"), ("eth0", "2001:db8::2"));
@@ -101,7 +150,8 @@ mod tests {
     #[test]
     fn loopback_is_offered_only_where_asked_for() {
         let loopback = IpAddr::from(Ipv4Addr::LOCALHOST);
-        assert!(addresses(true).contains(&loopback));
-        assert!(!addresses(false).contains(&loopback));
+        assert!(addresses(true).own.contains(&loopback));
+        let without = addresses(false);
+        assert!(!without.own.contains(&loopback) && !without.others.contains(&loopback));
     }
 }

@@ -18,6 +18,7 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::{MissedTickBehavior, interval_at, sleep_until, timeout};
 
 use super::demux::{Demux, Entry};
+use super::interfaces::{self, Addresses};
 use super::loss::lost_percent;
 use super::mediator::Handshake;
 use super::own_sockets::OwnSockets;
@@ -26,7 +27,7 @@ use super::socket::DirectSocket;
 use super::tcp::{self, Connected, Listener, Side, TcpError};
 use super::tcp_schedule::TcpSchedule;
 use super::turns::Turns;
-use super::{BindConfig, DirectEvent, StunServers, interfaces, quic};
+use super::{BindConfig, DirectEvent, StunServers, quic};
 
 /// A name that takes longer is left out.
 const RESOLVE: Duration = Duration::from_secs(2);
@@ -36,6 +37,8 @@ const DIAL: Duration = Duration::from_secs(3);
 const LINGER: Duration = Duration::from_secs(30);
 /// How soon a new network is noticed that the system does not tell of. Listing the interfaces takes well below a millisecond.
 const INTERFACES: Duration = Duration::from_secs(5);
+/// After so many rounds in a row without a path, nothing works but perhaps what is left out before.
+const NOTHING_WORKS: usize = 2;
 /// Authenticated connections of the peer that wait for the task.
 const ACCEPTED: usize = 4;
 
@@ -125,6 +128,8 @@ impl PathTask {
             peer_listens: vec![],
             listening: vec![],
             hosts: vec![],
+            others: vec![],
+            failed: 0,
             ask_router: None,
             router: None,
             tcp,
@@ -157,6 +162,10 @@ struct Driver {
     listening: Vec<SocketAddr>,
     /// The addresses of the interfaces.
     hosts: Vec<IpAddr>,
+    /// Those that are offered beside, since nothing else works on this network.
+    others: Vec<IpAddr>,
+    /// Rounds in a row that found no path, on this network.
+    failed: usize,
     /// When the router in front is asked to let the peer in, unless there is a path.
     ask_router: Option<Instant>,
     /// What it says, once it was asked.
@@ -331,6 +340,10 @@ impl Driver {
                 self.push(DirectEvent::Failed { reason: format!("round {round} found no path"), retry });
                 self.tcp.lacking(Instant::now());
                 self.want_router();
+                self.failed += 1;
+                if self.failed == NOTHING_WORKS {
+                    self.list_interfaces();
+                }
             }
         }
     }
@@ -401,6 +414,7 @@ impl Driver {
         let closed = Box::pin(async move { watched.closed().await });
         let before = self.current.replace(Current { path, connection: connection.clone(), closed });
         self.lingering = before.map(|before| (Instant::now() + LINGER, before.connection));
+        self.failed = 0;
         self.tcp.quic_came(Instant::now());
         self.tell(|agent, now| agent.path_in_use(now, path));
         self.push(DirectEvent::Connected { connection, local });
@@ -437,6 +451,7 @@ impl Driver {
         if let Some(before) = self.stream.replace(Stream { ended, leave }) {
             let _ = before.leave.send(());
         }
+        self.failed = 0;
         self.tcp.connected(Instant::now(), is_near);
         self.push(DirectEvent::Stream { stream: Box::new(stream), local, remote, alive, left });
     }
@@ -469,9 +484,14 @@ impl Driver {
     }
 
     fn network_changed(&mut self) {
-        self.list_interfaces();
         let moves = *self.task.network.borrow_and_update();
-        if std::mem::replace(&mut self.moves, moves) != moves {
+        let moved = std::mem::replace(&mut self.moves, moves) != moves;
+        if moved {
+            self.failed = 0;
+            self.others.clear();
+        }
+        self.list_interfaces();
+        if moved {
             if let Some(router) = &self.router {
                 router.mapped.network_changed();
             }
@@ -481,12 +501,20 @@ impl Driver {
     }
 
     fn list_interfaces(&mut self) {
-        let addresses = interfaces::addresses(self.task.endpoint.loopback);
-        let is_of_use = |ip: &IpAddr| ip.is_ipv4() || self.task.socket.has_ipv6();
-        let hosts: Vec<IpAddr> = addresses.into_iter().filter(is_of_use).collect();
-        let before = std::mem::replace(&mut self.hosts, hosts);
+        let Addresses { own, others } = interfaces::addresses(self.task.endpoint.loopback);
+        let has_ipv6 = self.task.socket.has_ipv6();
+        let of_use = |ips: Vec<IpAddr>| -> Vec<IpAddr> {
+            ips.into_iter().filter(|ip| ip.is_ipv4() || has_ipv6).collect()
+        };
+        let before = std::mem::replace(&mut self.hosts, of_use(own));
         if before != self.hosts {
+            self.failed = 0;
+            self.others.clear();
             self.tcp.changed(Instant::now());
+        }
+        // Once: they come and go with containers, and each time would look like another network.
+        if self.failed >= NOTHING_WORKS && self.others.is_empty() {
+            self.others = of_use(others);
         }
         let by_ipv4 = |hosts: &[IpAddr]| -> BTreeSet<IpAddr> {
             hosts.iter().copied().filter(IpAddr::is_ipv4).collect()
@@ -502,12 +530,15 @@ impl Driver {
         let (port, tcp_port) = (self.task.port, self.task.listener.as_ref().map(|listener| listener.port));
         let Told { udp, tcp } = self.router.as_ref().map(|router| *router.told.borrow()).unwrap_or_default();
         let public = &self.task.endpoint.public;
-        let hosts: Vec<_> = self.hosts.iter().map(|ip| SocketAddr::new(*ip, port)).collect();
-        let mapped: Vec<_> =
-            udp.into_iter().chain(public.iter().map(|public| public.of_port(port))).collect();
+        let at = |ips: &[IpAddr], port| -> Vec<SocketAddr> {
+            ips.iter().map(|ip| SocketAddr::new(*ip, port)).collect()
+        };
+        let hosts = at(&self.hosts, port);
+        let public_udp = public.iter().map(|public| public.of_port(port));
+        let mapped: Vec<_> = udp.into_iter().chain(public_udp).chain(at(&self.others, port)).collect();
         let listening = tcp_port.into_iter().flat_map(|port| {
             let public = public.iter().map(move |public| public.of_port(port));
-            tcp.into_iter().chain(public).chain(self.hosts.iter().map(move |ip| SocketAddr::new(*ip, port)))
+            tcp.into_iter().chain(public).chain(at(&self.hosts, port)).chain(at(&self.others, port))
         });
         self.listening = listening.collect();
         let listening = &self.listening;

@@ -10,7 +10,7 @@ use stun_rs::{MessageClass, MessageDecoder};
 use super::budget::Budget;
 use super::candidate::{Candidate, CandidateKind, is_private, may_check};
 use super::check::{Codec, Credentials, IceRole, Received, Request, Response};
-use super::checklist::{CandidatePair, Checklist};
+use super::checklist::{CandidatePair, Checklist, LATE};
 use super::exchange::Exchange;
 use super::gather::{AHEAD, Gatherer, Mapping};
 use super::local::{LocalSocket, Path};
@@ -151,6 +151,8 @@ pub struct PathAgent {
     mapped: Vec<SocketAddr>,
     /// Mapped addresses of both ends that have begun a round, the newest last.
     news: VecDeque<SocketAddr>,
+    /// How often the way to others has become another one, modulo 4.
+    moves: u8,
     /// Where this end takes TCP connections.
     listening: Vec<SocketAddr>,
     peer_seen: Vec<SocketAddr>,
@@ -173,7 +175,7 @@ pub struct PathAgent {
     /// Controlled side only: the path is gone, and no round has started since.
     want_round: bool,
     /// A path that was confirmed and is not in use yet, and the one in use, until they are lost.
-    confirmed: Option<Path>,
+    confirmed: Option<Confirmed>,
     in_use: Option<InUse>,
     /// Nominated last, and not confirmed yet.
     nominated: Option<Confirmed>,
@@ -186,6 +188,7 @@ pub struct PathAgent {
 #[derive(Clone, Copy)]
 struct InUse {
     path: Path,
+    kind: CandidateKind,
     since: Instant,
 }
 
@@ -260,6 +263,7 @@ impl PathAgent {
             budget: Budget::new(now),
             hosts: Vec::new(),
             mapped: Vec::new(),
+            moves: 0,
             listening: Vec::new(),
             peer_seen: Vec::new(),
             seen_in_time: Vec::new(),
@@ -310,6 +314,7 @@ impl PathAgent {
     /// The way to the others may be another one, although the addresses are the same: another default route, or the machine was
     /// asleep.
     pub fn network_changed(&mut self, now: Instant) {
+        self.moves = (self.moves + 1) % 4;
         self.mapping = Mapping::Unknown;
         self.prober.forget();
         if let Some(schedule) = &mut self.schedule {
@@ -318,8 +323,8 @@ impl PathAgent {
         self.run(now);
     }
 
-    /// The addresses that routers keep for the device's socket, beside those that STUN servers see: port mappings, and what
-    /// somebody has written down. All of them, each time they change; at most 4 are told.
+    /// The addresses that lead to the device's socket beside those of the interfaces and those that STUN servers see: port
+    /// mappings, what somebody has written down, and addresses of VPNs where nothing else works. All of them, each time they change; at most 4 are told.
     pub fn set_mapped_addresses(&mut self, now: Instant, addresses: &[SocketAddr]) {
         let mapped = &addresses[..addresses.len().min(MAX_MAPPED)];
         self.mapped = mapped.to_vec();
@@ -444,8 +449,9 @@ impl PathAgent {
     /// Whether datagrams may still go through `socket`, or be expected on it. One that is not used any more never is again.
     pub fn uses(&self, socket: LocalSocket) -> bool {
         let in_use = self.in_use.map(|in_use| in_use.path);
-        let paths =
-            in_use.into_iter().chain(self.confirmed).chain(self.pairs().iter().map(CandidatePair::path));
+        let confirmed = self.confirmed.map(|confirmed| confirmed.path());
+        let pairs = self.pairs().iter().map(CandidatePair::path);
+        let paths = in_use.into_iter().chain(confirmed).chain(pairs);
         socket == LocalSocket::DEVICE
             || self.round.as_ref().is_some_and(|round| round.socket() == socket)
             || self.prober.sockets().contains(&socket.0)
@@ -454,15 +460,22 @@ impl PathAgent {
 
     /// The carrier over `path` is up. No rounds while it is, unless the network changes.
     pub fn path_in_use(&mut self, now: Instant, path: Path) {
+        let known = [self.describe(path), self.nominated, self.confirmed].into_iter().flatten();
+        let known = known.into_iter().find(|known| known.path() == path);
         self.settle_on(now, path);
         // Its checks took too long, and the carrier proves the same.
         let proved = self.nominated.take_if(|nominated| nominated.path() == path);
         self.events.extend(proved.map(Event::Confirmed));
-        self.in_use = Some(InUse { path, since: now });
+        let kind = known.map_or(CandidateKind::PeerReflexive, |known| known.remote.kind);
+        self.in_use = Some(InUse { path, kind, since: now });
         self.confirmed = None;
         self.want_round = false;
         if let Some(schedule) = &mut self.schedule {
             schedule.in_use(now);
+            // It is said to be near and is not: through a VPN, perhaps, and others had no chance to answer.
+            if is_private(path.remote.ip()) && known.is_some_and(|known| known.rtt > LATE) {
+                schedule.look_later(now);
+            }
             self.round = None;
             self.gatherer.stop();
             self.prober.stop();
@@ -477,7 +490,7 @@ impl PathAgent {
         if used.is_some_and(|used| now.saturating_duration_since(used.since) >= GOOD_PATH) {
             self.prober.forget();
         }
-        if used.is_some() || self.confirmed.take_if(|confirmed| *confirmed == path).is_some() {
+        if used.is_some() || self.confirmed.take_if(|confirmed| confirmed.path() == path).is_some() {
             tracing::debug!(%path, reason, "direct path lost");
             if self.in_use.is_none() && self.confirmed.is_none() {
                 let jitter = self.random.u64();
@@ -508,7 +521,7 @@ impl PathAgent {
     /// Whether a QUIC connection may come on `path`: checked in both directions, and nominated.
     pub fn is_confirmed(&self, path: Path) -> bool {
         self.in_use.is_some_and(|in_use| in_use.path == path)
-            || self.confirmed == Some(path)
+            || self.confirmed.is_some_and(|confirmed| confirmed.path() == path)
             || self.pairs().iter().any(|pair| pair.path() == path && pair.is_valid())
     }
 
@@ -673,7 +686,12 @@ impl PathAgent {
             (Checklist::careful(), Some((LocalSocket(self.sockets), self.gatherer.anew(now))))
         } else {
             self.gatherer.start(now);
-            (Checklist::default(), None)
+            let mut checklist = Checklist::default();
+            // To be compared with what this round finds, whatever its socket.
+            if let Some(InUse { path, kind, .. }) = self.in_use {
+                checklist.add(now, path.socket, Candidate { kind, address: path.remote });
+            }
+            (checklist, None)
         };
         self.round = Some(Round {
             checklist,
@@ -774,13 +792,14 @@ impl PathAgent {
     fn heed(&mut self, now: Instant, before: &State) {
         let theirs = self.exchange.theirs();
         let asks = theirs.want_round && theirs.round == self.round_number;
+        let theirs_moves = theirs.moves;
         let of_kind = |state: &State, kind| -> Vec<SocketAddr> {
             let of_kind = state.candidates.iter().filter(|candidate| candidate.kind == kind);
             of_kind.map(|candidate| candidate.address).collect()
         };
         let moved = of_kind(theirs, CandidateKind::Host) != of_kind(before, CandidateKind::Host);
         let mapped = of_kind(theirs, CandidateKind::Mapped);
-        let moved = self.are_news(&mapped) || moved;
+        let moved = self.are_news(&mapped) || moved || theirs_moves != before.moves;
         let jitter = self.random.u64();
         if let Some(schedule) = &mut self.schedule {
             if asks {
@@ -928,7 +947,7 @@ impl PathAgent {
         let kept = self.in_use.filter(|_| self.schedule.as_ref().is_some_and(Schedule::is_in_use));
         let nominee = nominated.and_then(|path| round.checklist.get(path));
         let kept = kept.and_then(|kept| round.checklist.get(kept.path));
-        if nominee.zip(kept).is_some_and(|(nominee, kept)| kept.is_no_worse_than(nominee)) {
+        if nominee.zip(kept).is_some_and(|(nominee, kept)| kept.is_kept_rather_than(nominee)) {
             // The network has changed, and the path in use still works.
             self.round = None;
             self.gatherer.stop();
@@ -960,7 +979,7 @@ impl PathAgent {
         round.checklist.stop();
         self.gatherer_mut().stop();
         self.prober.stop();
-        self.confirmed = Some(path);
+        self.confirmed = confirmed;
         self.nominated.take_if(|nominated| nominated.path() == path);
         self.events.extend(confirmed.map(Event::Confirmed));
         if let Some(schedule) = &mut self.schedule {
@@ -1022,6 +1041,7 @@ impl PathAgent {
             },
             careful: controls && self.round.as_ref().is_some_and(|round| round.own.is_some()),
             open: self.prober.is_open(),
+            moves: self.moves,
             candidates,
             listening: self.listening.clone(),
         }

@@ -13,8 +13,8 @@ pub enum CandidateKind {
     PeerReflexive,
     /// An address that a NAT is expected to use next: one that counts its ports up or down (RFC 5128 section 3.4).
     Predicted,
-    /// An address that the router in front keeps for this end: a port mapping (RFC 6886, RFC 6887), or one that somebody has
-    /// written down.
+    /// An address that leads here beside the ordinary ones: one that the router in front keeps for this end, by a port mapping
+    /// (RFC 6886, RFC 6887) or because somebody has written it down, or one of a VPN.
     Mapped,
 }
 
@@ -24,9 +24,9 @@ impl CandidateKind {
         match self {
             Self::Host => 126,
             Self::PeerReflexive => 110,
-            // Ours: as good as what a server saw, and it lets in everybody.
-            Self::Mapped => 105,
             Self::ServerReflexive => 100,
+            // Ours: it may lead through a VPN.
+            Self::Mapped => 90,
             // Ours: below all that is known, and above relayed (0).
             Self::Predicted => 50,
         }

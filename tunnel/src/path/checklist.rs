@@ -38,7 +38,9 @@ const MAX_OUTSTANDING: usize = 12;
 /// one was checked before, and a better path is a shorter one: its answer can hardly be later.
 const SETTLE: Duration = Duration::from_millis(20);
 /// No answer from the same network takes so long.
-const LATE: Duration = Duration::from_millis(50);
+pub(super) const LATE: Duration = Duration::from_millis(50);
+/// Round trips that differ by no more, or by no more than a quarter, are alike.
+const SHORTER: Duration = Duration::from_millis(5);
 /// A nominated pair that is not confirmed after this time, or five round trips, has failed; the next
 /// best is nominated.
 const NOMINATION: Duration = Duration::from_secs(2);
@@ -103,9 +105,18 @@ impl CandidatePair {
         self.state == CheckState::Succeeded && self.nominated.is_some()
     }
 
-    /// It works, and there is no reason to prefer that one.
-    pub(super) fn is_no_worse_than(&self, other: &Self) -> bool {
-        self.state == CheckState::Succeeded && self.remote.kind.priority() >= other.remote.kind.priority()
+    /// It works and is in use, and there is no reason to leave it for that one: a better kind without a longer round trip, or
+    /// a much shorter one. What a change takes is more than what a choice takes, so that chance does not make it go to and fro.
+    pub(super) fn is_kept_rather_than(&self, other: &Self) -> bool {
+        let is_better = other.remote.kind.priority() > self.remote.kind.priority() && other.rtt <= self.rtt;
+        let is_much_shorter =
+            self.rtt.zip(other.rtt).is_some_and(|(own, others)| others + others / 2 + SHORTER * 2 < own);
+        self.state == CheckState::Succeeded && !is_better && !is_much_shorter
+    }
+
+    /// By the round trips that were measured. What is between may be chance.
+    fn is_clearly_shorter_than(&self, other: &Self) -> bool {
+        self.rtt.zip(other.rtt).is_some_and(|(own, others)| own + own / 4 + SHORTER < others)
     }
 
     /// Where its checks go.
@@ -367,12 +378,18 @@ impl Checklist {
         self.pairs.iter().find(|pair| pair.is_valid())
     }
 
-    /// The best pair that could be nominated: by kind, then by round trip. It must have worked in both
-    /// directions; a peer from which no check came may not be in the round yet.
+    /// The best pair that could be nominated: by kind among those to which none is a clearly shorter way, a local address that
+    /// leads through a VPN included; then by round trip. It must have worked in both directions; a peer from which no check
+    /// came may not be in the round yet.
     fn best(&self) -> Option<&CandidatePair> {
+        let works = |pair: &&CandidatePair| {
+            pair.state == CheckState::Succeeded && pair.heard && pair.nominated.is_none()
+        };
+        let shortest = self.pairs.iter().filter(works).min_by_key(|pair| pair.rtt)?;
         self.pairs
             .iter()
-            .filter(|pair| pair.state == CheckState::Succeeded && pair.heard && pair.nominated.is_none())
+            .filter(works)
+            .filter(|pair| !shortest.is_clearly_shorter_than(pair))
             .min_by_key(|pair| (std::cmp::Reverse(pair.remote.kind.priority()), pair.rtt))
     }
 
@@ -475,8 +492,8 @@ mod tests {
         checklist.heard(answered, Path::to(([192, 0, 2, 1], 1).into()), false, false);
         checklist.nominate(answered);
         assert_eq!(send(&mut checklist, answered, 10), [], "the host candidate may still answer");
-        let settled = checklist.nomination_due().expect("it settles");
-        assert_eq!(settled, answered + SETTLE);
+        assert_eq!(checklist.nomination_due(), Some(answered + SETTLE));
+        let settled = answered + Duration::from_millis(1);
         checklist.answered(settled, Path::to(([192, 0, 2, 2], 1).into()), [0; 12], mapped);
         checklist.heard(settled, Path::to(([192, 0, 2, 2], 1).into()), false, false);
         checklist.nominate(settled);
@@ -486,6 +503,59 @@ mod tests {
         checklist.nominate(failed);
         assert_eq!(checklist.pairs()[1].state, CheckState::Failed);
         assert_eq!(send(&mut checklist, failed, 0), [(0, 1, true)]);
+    }
+
+    /// One that leads through a VPN of the routers', for example.
+    #[test]
+    fn a_clearly_shorter_way_is_better_than_a_better_kind() {
+        let start = Instant::now();
+        let millis = Duration::from_millis;
+        for (longer, best) in [(12, CandidateKind::Host), (19, CandidateKind::ServerReflexive)] {
+            let mut checklist = Checklist::default();
+            let [near, far] = [(CandidateKind::Host, 2), (CandidateKind::ServerReflexive, 1)]
+                .map(|(kind, last)| candidate(kind, last));
+            for candidate in [near, far] {
+                checklist.add(start, LocalSocket::DEVICE, candidate);
+            }
+            send(&mut checklist, start, 10);
+            // Sent at 0 and at 5 ms.
+            for (candidate, id, at) in [(far, 1, 5 + 30), (near, 0, 30 + longer)] {
+                let path = Path::to(candidate.address);
+                let mapped = ([198, 51, 100, 1], 1).into();
+                checklist.answered(start + millis(at), path, [id; 12], mapped);
+                checklist.heard(start + millis(at), path, false, false);
+            }
+            let nominated = checklist.nominate(start + millis(60)).expect("a pair");
+            let [nominated, other] = [true, false].map(|is_best| {
+                let pair = checklist.pairs().iter().find(|pair| (pair.path() == nominated) == is_best);
+                pair.expect("two pairs")
+            });
+            assert_eq!(nominated.remote.kind, best, "{longer} ms longer");
+            assert!(nominated.is_kept_rather_than(other) && other.is_kept_rather_than(nominated));
+        }
+    }
+
+    #[test]
+    fn a_path_is_left_for_a_better_kind_or_a_much_shorter_way() {
+        let start = Instant::now();
+        let pair = |kind, rtt| {
+            let mut pair = CandidatePair::new(start, LocalSocket::DEVICE, candidate(kind, 1));
+            pair.state = CheckState::Succeeded;
+            pair.rtt = Some(Duration::from_millis(rtt));
+            pair
+        };
+        use CandidateKind::{Host, ServerReflexive};
+        for (kept, other, stays) in [
+            (pair(ServerReflexive, 30), pair(Host, 30), false),
+            (pair(ServerReflexive, 30), pair(Host, 31), true),
+            (pair(Host, 43), pair(ServerReflexive, 30), true),
+            (pair(Host, 56), pair(ServerReflexive, 30), false),
+            (pair(Host, 30), pair(Host, 29), true),
+        ] {
+            assert_eq!(kept.is_kept_rather_than(&other), stays, "{kept:?} {other:?}");
+        }
+        let silent = CandidatePair::new(start, LocalSocket::DEVICE, candidate(Host, 2));
+        assert!(!silent.is_kept_rather_than(&pair(ServerReflexive, 30)));
     }
 
     #[test]

@@ -167,6 +167,9 @@ impl Gatherer {
 
 /// See [`Gatherer::predicted`].
 fn predicted(seen: &[SocketAddr]) -> Vec<SocketAddr> {
+    // A NAT may have one port for all ports of one destination.
+    let mut seen = seen.to_vec();
+    seen.dedup();
     let (Some(first), Some(last)) = (seen.first(), seen.last()) else { return vec![] };
     let is_step = |from: &SocketAddr, to: &SocketAddr| {
         from.ip() == to.ip() && (1..=MAX_STEP).contains(&to.port().wrapping_sub(from.port()))
@@ -241,6 +244,8 @@ mod tests {
         assert_eq!(ports(&[5000, 5001]), up(5002, 5000));
         // Others take some, too.
         assert_eq!(ports(&[5000, 5003, 5004]), up(5005, 5000));
+        // Two ports of one server.
+        assert_eq!(ports(&[5000, 5000, 5001]), up(5002, 5000));
         let down: Vec<u16> = (5000 - AHEAD..5000).rev().chain(5005..5005 + BEHIND).collect();
         assert_eq!(ports(&[5004, 5003, 5000]), down);
         assert_eq!(

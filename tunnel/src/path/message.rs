@@ -15,6 +15,7 @@
 //! | 2, 3 | how the sender's NAT maps: 0 unknown, 1 independently of the destination, 2 in turn, 3 at random |
 //! | 4 | the round is a careful one |
 //! | 5 | sockets are open for probing |
+//! | 6, 7 | how often the sender's way to others has become another one, modulo 4 |
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -38,6 +39,7 @@ const WANT_ACKNOWLEDGEMENT: u8 = 1 << 1;
 const MAPPING_SHIFT: u8 = 2;
 const CAREFUL: u8 = 1 << 4;
 const OPEN: u8 = 1 << 5;
+const MOVES_SHIFT: u8 = 6;
 
 /// See the module's documentation.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -65,6 +67,8 @@ pub(super) struct State {
     pub(super) careful: bool,
     /// Many sockets are open: the peer should probe.
     pub(super) open: bool,
+    /// How often its way to others has become another one, modulo 4.
+    pub(super) moves: u8,
     /// Where it may be reached.
     pub(super) candidates: Vec<Candidate>,
     /// Where it takes TCP connections, at most [`MAX_LISTENING`].
@@ -98,7 +102,8 @@ impl CandidateMessage {
             (self.state.open, OPEN),
         ];
         let flags = flags.into_iter().filter(|(set, _)| *set).fold(0, |all, (_, flag)| all | flag);
-        bytes.push(flags | mapping_bits(self.state.mapping) << MAPPING_SHIFT);
+        let numbers = mapping_bits(self.state.mapping) << MAPPING_SHIFT | self.state.moves << MOVES_SHIFT;
+        bytes.push(flags | numbers);
         for number in [self.sequence, self.acknowledged, self.state.round] {
             varint::put(&mut bytes, number);
         }
@@ -162,6 +167,7 @@ impl CandidateMessage {
                 mapping: mapping.unwrap_or_default(),
                 careful: flags & CAREFUL != 0,
                 open: flags & OPEN != 0,
+                moves: flags >> MOVES_SHIFT,
                 candidates,
                 listening,
             },
@@ -231,6 +237,7 @@ mod tests {
                 mapping: Mapping::Random,
                 careful: true,
                 open: true,
+                moves: 2,
                 candidates: vec![
                     candidate(CandidateKind::Host, "192.0.2.1:40000"),
                     candidate(CandidateKind::ServerReflexive, "[2001:db8::1]:443"),
@@ -245,7 +252,7 @@ mod tests {
     fn bytes_are_locked() {
         let bytes = [
             0x01,
-            0x3f, // format 1 · flags: round and acknowledgement wanted, random ports, careful, open
+            0xbf, // format 1 · flags: round and acknowledgement wanted, random ports, careful, open, moved twice
             0x05, // sequence 5
             0x41, 0x2c, // acknowledged 300
             0x02, // round 2
@@ -299,13 +306,13 @@ mod tests {
     prop_compose! {
         fn any_message()(
             sequence in 0..=varint::MAX, acknowledged in 0..=varint::MAX, round in 0..=varint::MAX,
-            want_round: bool, want_acknowledgement: bool, careful: bool, open: bool,
+            want_round: bool, want_acknowledgement: bool, careful: bool, open: bool, moves in 0u8..4,
             mapping in prop::sample::select(&Mapping::ALL[..]),
             candidates in prop::collection::vec(any_candidate(), 0..=MAX_CANDIDATES - MAX_LISTENING),
             listening in prop::collection::vec(any_candidate(), 0..=MAX_LISTENING),
         ) -> CandidateMessage {
             let listening = listening.into_iter().map(|candidate| candidate.address).collect();
-            let state = State { round, want_round, mapping, careful, open, candidates, listening };
+            let state = State { round, want_round, mapping, careful, open, moves, candidates, listening };
             CandidateMessage { sequence, acknowledged, want_acknowledgement, state }
         }
     }

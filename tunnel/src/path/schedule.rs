@@ -36,6 +36,8 @@ const FALLS_PATIENCE: [Duration; 3] =
 const STEADY_PATH: Duration = Duration::from_secs(600);
 /// While a path is in use, a network that changes all the time is looked at no more often.
 const LOOK_AGAIN: Duration = Duration::from_secs(10);
+/// How soon after a path came into use that may be a long way round another one is looked for.
+const LOOK_LATER: Duration = Duration::from_secs(3);
 /// A wait is longer by up to this part of itself, so that many sessions do not fall into step.
 const JITTER_PARTS: u32 = 8;
 /// A path that lasted this long was a good one: its loss says nothing about the next.
@@ -118,6 +120,13 @@ impl Schedule {
         // What has changed since the round began is still to be looked at.
         let look = if let State::InUse { look, .. } = self.state { look } else { None };
         self.state = State::InUse { since: now, look };
+    }
+
+    /// There may be a better path than the one in use.
+    pub(super) fn look_later(&mut self, now: Instant) {
+        if let State::InUse { look, .. } = &mut self.state {
+            look.get_or_insert(now + LOOK_LATER);
+        }
     }
 
     /// A path is in use.

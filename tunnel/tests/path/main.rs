@@ -24,7 +24,7 @@ const fn seconds(count: u64) -> Duration {
 
 /// Which pairs must become direct: all but those in which both NATs have another port for each destination.
 fn becomes_direct(one: Kind, other: Kind) -> bool {
-    let depends = |kind| matches!(kind, Kind::Symmetric | Kind::Sequential);
+    let depends = |kind: Kind| kind.is_random() || kind == Kind::Sequential;
     one != Kind::Blocked && other != Kind::Blocked && !(depends(one) && depends(other))
 }
 
@@ -36,7 +36,7 @@ fn is_chance(one: Kind, other: Kind) -> bool {
 /// Whether only many sockets help: one NAT takes random ports, and the other end's lets nobody in whom it did not ask for.
 fn needs_probing(one: Kind, other: Kind) -> bool {
     let filters = |kind| matches!(kind, Kind::Firewall | Kind::PortRestricted | Kind::Rejecting);
-    (one == Kind::Symmetric && filters(other)) || (other == Kind::Symmetric && filters(one))
+    (one.is_random() && filters(other)) || (other.is_random() && filters(one))
 }
 
 #[test]
@@ -67,6 +67,39 @@ fn every_pair_of_nats() {
 }
 
 #[test]
+fn a_second_nat_at_the_providers() {
+    for home in Kind::ALL.into_iter().filter(|home| !home.is_public()) {
+        for provider in PROVIDERS {
+            for other in Kind::ALL {
+                let mut world = World::new(other, home, 1);
+                world.nats[1].put_behind(provider);
+                let took = world.run_while_not(seconds(90), World::is_direct).is_some();
+                let seen = world.nats[1].outward_kind();
+                let expected = becomes_direct(other, seen) || (took && is_chance(other, seen));
+                assert_eq!(took, expected, "{other:?} x {home:?} behind {provider:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_path_outlives_the_mappings_that_it_was_found_with() {
+    let mut world = World::new(Kind::PortRestricted, Kind::Symmetric, 1);
+    world.run_while_not(seconds(90), World::is_direct).expect("a direct path");
+    // What pings keep open stays; what was probed is forgotten.
+    world.run_for(nat::IDLE * 10);
+    assert!(world.is_direct() && world.technician.lost == 0);
+    // On the relay the servers are asked anew in each round, whatever was forgotten meanwhile.
+    let mut world = World::new(Kind::PortRestricted, Kind::PortRestricted, 1);
+    world.carriers_pass = false;
+    world.run_for(nat::IDLE * 20);
+    assert!(!world.is_direct());
+    world.carriers_pass = true;
+    let took = world.run_while_not(seconds(70), World::is_direct);
+    assert!(took.is_some(), "no direct path");
+}
+
+#[test]
 fn many_sockets_are_not_tried_where_that_is_turned_off() {
     for (technician, agent) in [(Kind::Symmetric, Kind::PortRestricted), (Kind::Firewall, Kind::Symmetric)] {
         let mut world = World::without_probing(technician, agent, 1);
@@ -90,6 +123,39 @@ fn ipv6_is_taken_where_both_have_it() {
             let public = agent.is_public();
             assert!(confirmed.remote.address.is_ipv6() || public, "{technician:?} x {agent:?}");
             assert_eq!(confirmed.remote.kind, CandidateKind::Host);
+        }
+    }
+}
+
+#[test]
+fn a_long_way_round_is_not_taken() {
+    for (detour, by_ipv6) in [(millis(2), true), (millis(60), false)] {
+        let mut world = World::with_ipv6(Kind::FullCone, Kind::FullCone, [true, true], 1);
+        world.ipv6_detour = detour;
+        world.run_while_not(seconds(1), World::is_direct).expect("a direct path");
+        let remote = world.technician.carrier_remote().expect("a path");
+        assert_eq!(remote.is_ipv6(), by_ipv6, "{detour:?}");
+    }
+}
+
+/// One that is known by another address than the device's socket has is compared all the same.
+#[test]
+fn a_path_is_not_left_for_a_long_way_round() {
+    for (technician, agent) in
+        [(Kind::PortRestricted, Kind::PortRestricted), (Kind::PortRestricted, Kind::Symmetric)]
+    {
+        for (detour, leaves) in [(millis(60), false), (Duration::ZERO, true)] {
+            let mut world = World::new(technician, agent, 1);
+            world.ipv6_detour = detour;
+            world.run_while_not(seconds(90), World::is_direct).expect("a direct path");
+            world.run_for(seconds(31));
+            let before = world.technician.carrier_path();
+            world.gain_ipv6(0);
+            world.gain_ipv6(1);
+            world.run_for(seconds(20));
+            assert!(world.is_direct() && world.technician.lost == 0);
+            let is_left = world.technician.carrier_path() != before;
+            assert_eq!(is_left, leaves, "{technician:?} x {agent:?}, {detour:?}");
         }
     }
 }
@@ -518,6 +584,23 @@ fn another_network_is_tried_at_once() {
     }
 }
 
+/// Its addresses are the same, and nobody but the end itself can know.
+#[test]
+fn another_way_out_is_tried_at_once_whichever_end_has_it() {
+    for index in 0..2 {
+        let mut world = World::new(Kind::PortRestricted, Kind::PortRestricted, 1);
+        world.nats[index].kind = Kind::Blocked;
+        world.run_for(seconds(300));
+        let rounds = world.technician.failed.len();
+        world.run_while_not(seconds(60), |world| world.technician.failed.len() > rounds).expect("a round");
+        world.nats[index].kind = Kind::PortRestricted;
+        let end = if index == 0 { &mut world.technician } else { &mut world.agent };
+        end.path.network_changed(world.now);
+        let took = world.run_while_not(seconds(1), World::is_direct);
+        assert!(took.is_some(), "{index}");
+    }
+}
+
 #[test]
 fn the_same_seed_the_same_life() {
     let life = || {
@@ -566,6 +649,13 @@ enum Fault {
 
 fn any_kind() -> impl Strategy<Value = Kind> {
     prop::sample::select(&Kind::ALL[..])
+}
+
+/// What providers put before the routers of their customers.
+const PROVIDERS: [Kind; 4] = [Kind::FullCone, Kind::PortRestricted, Kind::Symmetric, Kind::Sequential];
+
+fn any_provider() -> impl Strategy<Value = Option<Kind>> {
+    prop::option::weighted(0.2, prop::sample::select(&PROVIDERS[..]))
 }
 
 fn any_fault() -> impl Strategy<Value = Fault> {
@@ -662,12 +752,20 @@ proptest! {
         internet in any_link(100),
         relay in any_link(300),
         mapped in prop::option::weighted(0.2, (0usize..2, 0u64..8_000)),
+        providers in [any_provider(), any_provider()],
+        idle in 15u64..120,
         seed: u64,
     ) {
         let mut world = World::new(technician, agent, seed);
         (world.internet, world.relay) = (internet, relay);
-        // Public addresses need no port of a router.
-        let mapped = mapped.filter(|(index, _)| ![technician, agent][*index].is_public());
+        for (nat, provider) in world.nats.iter_mut().zip(providers) {
+            nat.idle = seconds(idle);
+            provider.filter(|_| !nat.kind.is_public()).into_iter().for_each(|provider| nat.put_behind(provider));
+        }
+        // Public addresses need no port of a router, and one behind a provider's NAT gives none that is of use.
+        let is_of_use = |index: usize| ![technician, agent][index].is_public() && providers[index].is_none();
+        let mapped = mapped.filter(|(index, _)| is_of_use(*index));
+        let [technician, agent] = [world.nats[0].outward_kind(), world.nats[1].outward_kind()];
         let is_blocked = [technician, agent].contains(&Kind::Blocked);
         if let Some((index, at)) = mapped {
             world.run_for(millis(at));

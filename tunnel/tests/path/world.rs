@@ -43,6 +43,8 @@ pub(crate) struct World {
     queue: BTreeMap<(Instant, u64), Delivery>,
     sent: u64,
     pub(crate) internet: Link,
+    /// How much longer the way is by IPv6.
+    pub(crate) ipv6_detour: Duration,
     pub(crate) relay: Link,
     pub(crate) nats: [Nat; 2],
     /// What stands between the networks and the rest of the world by IPv6.
@@ -207,6 +209,7 @@ impl World {
             opened: HashSet::new(),
             sent: 0,
             internet: link,
+            ipv6_detour: Duration::ZERO,
             relay: link,
             nats,
             firewalls,
@@ -340,7 +343,7 @@ impl World {
                     } else {
                         let nat = self.nat(site, destination);
                         let reaches = nat.is_public(destination.ip()) || nat.kind.is_public();
-                        reaches.then(|| nat.inbound(source, destination)).flatten()
+                        reaches.then(|| nat.inbound(now, source, destination)).flatten()
                     };
                     if let Some(inside) = inside.filter(|inside| inside.ip() == address.ip() && from != index)
                     {
@@ -373,7 +376,7 @@ impl World {
                     if hops.is_some() && self.opened.insert((index, socket)) {
                         self.nats[site].take(self.others_take[site]);
                     }
-                    self.nat(site, destination).outbound(address, destination)
+                    self.nat(site, destination).outbound(now, address, destination)
                 };
                 if let Some(source) = source.filter(|_| hops.is_none() || neighbour) {
                     self.post(Delivery::Datagram { source, destination, payload, from: index });
@@ -384,6 +387,9 @@ impl World {
 
     fn post(&mut self, delivery: Delivery) {
         let link = match delivery {
+            Delivery::Datagram { destination: SocketAddr::V6(_), .. } => {
+                Link { latency: self.internet.latency + self.ipv6_detour, ..self.internet }
+            }
             Delivery::Datagram { .. } => self.internet,
             Delivery::Message { .. } => self.relay,
             // From the mediator it is half the way.
