@@ -151,7 +151,7 @@ fn reached(from: &str, found: &Reached) -> Option<Finding> {
         "stun" => {
             ("udp", "STUN", "open that UDP port in the firewalls: without it hardly a session gets direct")
         }
-        "nat" => return nat(from, Nat::of(found), address),
+        "nat" => return nat(from, found),
         "ipv6" => return Some(ipv6(from, found)),
         // Of a later version.
         _ => return None,
@@ -165,10 +165,12 @@ fn reached(from: &str, found: &Reached) -> Option<Finding> {
     })
 }
 
-fn nat(from: &str, nat: Nat, seen_at: &str) -> Option<Finding> {
-    Some(match nat {
+fn nat(from: &str, found: &Reached) -> Option<Finding> {
+    let seen_at = &found.address;
+    let each = if Nat::is_by_address(found) { "address" } else { "destination" };
+    Some(match Nat::of(found) {
         Nat::None => {
-            let address = seen_at.rsplit_once(':').map_or(seen_at, |(ip, _)| ip);
+            let address = seen_at.rsplit_once(':').map_or(seen_at.as_str(), |(ip, _)| ip);
             Finding::fine(format!("from {from}: no NAT, {address} is this machine's own address"))
         }
         Nat::Independent => Finding::fine(format!(
@@ -176,12 +178,12 @@ fn nat(from: &str, nat: Nat, seen_at: &str) -> Option<Finding> {
         )),
         Nat::Sequential => Finding::note(
             format!(
-                "from {from}: a NAT that takes another port for each destination, one after the other, seen at {seen_at}"
+                "from {from}: a NAT that takes another port for each {each}, one after the other, seen at {seen_at}"
             ),
             "direct paths come about with most networks; a router with endpoint-independent mapping makes them sure",
         ),
         Nat::Random => Finding::note(
-            format!("from {from}: a NAT that takes a random port for each destination, seen at {seen_at}"),
+            format!("from {from}: a NAT that takes a random port for each {each}, seen at {seen_at}"),
             "direct paths take seconds, and fail where the other end has such a NAT, too: IPv6, or a router with \
              endpoint-independent mapping helps",
         ),

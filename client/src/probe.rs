@@ -26,6 +26,8 @@ const MAX_ADDRESSES: usize = 16;
 const TRIES: usize = 3;
 /// How long each of them is waited for.
 const TRY: Duration = Duration::from_secs(1);
+/// Follows the name of a NAT that has one port for all ports of one address.
+const BY_ADDRESS: &str = " by address";
 /// How long a relay may take to send a stranger away: 5 s (THREATS row 1), and the way there and back.
 const SENT_AWAY: Duration = Duration::from_secs(7);
 
@@ -151,7 +153,13 @@ impl Nat {
 
     /// As a result says ([`Reached::what`]).
     pub fn of(found: &Reached) -> Self {
-        Self::ALL.into_iter().find(|nat| nat.name() == found.detail).unwrap_or(Self::Unknown)
+        let name = found.detail.strip_suffix(BY_ADDRESS).unwrap_or(&found.detail);
+        Self::ALL.into_iter().find(|nat| nat.name() == name).unwrap_or(Self::Unknown)
+    }
+
+    /// Whether a result of a NAT says that it has one port for all ports of one address.
+    pub fn is_by_address(found: &Reached) -> bool {
+        found.detail.ends_with(BY_ADDRESS)
     }
 
     /// What all these results say.
@@ -164,7 +172,7 @@ impl Nat {
 async fn nat(servers: &[String]) -> Option<Reached> {
     let servers = resolved(servers, SocketAddr::is_ipv4).await;
     let first = *servers.first()?;
-    let seen = seen_by(&servers).await.ok()?;
+    let (answered, seen): (Vec<_>, Vec<_>) = seen_by(&servers).await.ok()?.into_iter().unzip();
     let own = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).await.ok()?;
     own.connect(first).await.ok()?;
     let own = own.local_addr().ok()?.ip();
@@ -179,14 +187,32 @@ async fn nat(servers: &[String]) -> Option<Reached> {
         path::Mapping::Sequential => Nat::Sequential,
         path::Mapping::Random => Nat::Random,
     };
+    let depends = matches!(nat, Nat::Sequential | Nat::Random);
+    let by_address = if depends && is_by_address(&answered, &seen) { BY_ADDRESS } else { "" };
     let address = seen.first().map_or(String::new(), SocketAddr::to_string);
     Some(Reached {
         what: "nat".into(),
         address,
         ok: nat != Nat::Blocked,
         micros: 0,
-        detail: nat.name().into(),
+        detail: format!("{}{by_address}", nat.name()),
     })
+}
+
+/// Whether servers at one address saw the same (RFC 4787 section 4.1, address-dependent mapping): there are two of them, and no
+/// two that did not.
+fn is_by_address(servers: &[SocketAddr], seen: &[SocketAddr]) -> bool {
+    let asked: Vec<_> = servers.iter().zip(seen).collect();
+    let mut same = false;
+    for (at, (server, seen)) in asked.iter().enumerate() {
+        for (_, others) in asked[at + 1..].iter().filter(|(other, _)| other.ip() == server.ip()) {
+            if seen != others {
+                return false;
+            }
+            same = true;
+        }
+    }
+    same
 }
 
 /// Whether the router in front lets others in when it is asked: for a port of ours, for a moment.
@@ -208,7 +234,7 @@ async fn ipv6(servers: &[String]) -> Option<Reached> {
     let servers = resolved(servers, SocketAddr::is_ipv6).await;
     servers.first()?;
     let seen = match seen_by(&servers).await {
-        Ok(seen) => seen.first().copied().ok_or_else(|| "no answer".to_owned()),
+        Ok(seen) => seen.first().map(|(_, seen)| *seen).ok_or_else(|| "no answer".to_owned()),
         Err(error) => Err(error.to_string()),
     };
     let (ok, what) = (seen.is_ok(), "ipv6".to_owned());
@@ -227,8 +253,8 @@ async fn resolved(servers: &[String], version: fn(&SocketAddr) -> bool) -> Vec<S
     found
 }
 
-/// How these servers see one socket, in the order in which they were asked; those that do not answer are left out.
-async fn seen_by(servers: &[SocketAddr]) -> io::Result<Vec<SocketAddr>> {
+/// These servers and how they see one socket, in the order in which they were asked; those that do not answer are left out.
+async fn seen_by(servers: &[SocketAddr]) -> io::Result<Vec<(SocketAddr, SocketAddr)>> {
     let is_ipv4 = servers.first().is_some_and(SocketAddr::is_ipv4);
     let any = if is_ipv4 { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
     let socket = UdpSocket::bind(SocketAddr::new(any, 0)).await?;
@@ -253,7 +279,7 @@ async fn seen_by(servers: &[SocketAddr]) -> io::Result<Vec<SocketAddr>> {
             }
         };
         let done = timeout(TRY, answers).await.is_ok();
-        in_order.extend(asked.iter().filter_map(|at| seen[*at]));
+        in_order.extend(asked.iter().filter_map(|at| Some((servers[*at], seen[*at]?))));
         if done {
             break;
         }
@@ -313,6 +339,19 @@ async fn ask(server: SocketAddr) -> io::Result<(Duration, String)> {
 mod tests {
     use super::*;
     use tokio::net::TcpListener;
+
+    #[test]
+    fn a_nat_that_has_one_port_for_each_address() {
+        let at = |text: &&str| text.parse::<SocketAddr>().expect("an address");
+        let servers = ["192.0.2.1:8002", "192.0.2.1:443", "192.0.2.2:8002"].map(|text| at(&text));
+        for (ports, expected) in
+            [([5000, 5000, 9000], true), ([5000, 6000, 9000], false), ([5000, 6000, 5000], false)]
+        {
+            let seen = ports.map(|port| SocketAddr::from(([198, 51, 100, 1], port)));
+            assert_eq!(is_by_address(&servers, &seen), expected, "{ports:?}");
+            assert!(!is_by_address(&servers[1..], &seen[1..]), "one server for each address shows nothing");
+        }
+    }
 
     #[tokio::test]
     async fn a_stun_server_is_told_from_silence_and_from_something_else() {

@@ -69,14 +69,17 @@ impl Technician {
             // What was sent before the first attempt failed was sent for nothing.
             biased;
             first = first => match first {
-                Ok(Ok(state)) => if let State::Disconnected { reason, remedy, exit, .. } = &*state {
-                    let (reason, remedy, exit) = (reason.clone(), remedy.clone(), *exit);
-                    return Err(TechnicianError::NoMediator { reason, remedy, exit });
+                Ok(Ok(state)) => if let Some(error) = TechnicianError::no_mediator(&state) {
+                    return Err(error);
                 },
                 Ok(Err(_)) => return Err(TechnicianError::Gone),
                 Err(_) => return Err(TechnicianError::TimedOut),
             },
-            answer = &mut asking => return Ok(answer?),
+            // It may have failed between the two looks.
+            answer = &mut asking => return answer.map_err(|error| {
+                TechnicianError::no_mediator(&self.hub.control().state().borrow())
+                    .unwrap_or_else(|| error.into())
+            }),
         }
         Ok(timeout(time, asking).await.map_err(|_| RequestError::TimedOut)??)
     }
@@ -292,6 +295,12 @@ pub enum TechnicianError {
 }
 
 impl TechnicianError {
+    /// The channel did not come about, if it did not.
+    fn no_mediator(state: &State) -> Option<Self> {
+        let State::Disconnected { reason, remedy, exit, .. } = state else { return None };
+        Some(Self::NoMediator { reason: reason.clone(), remedy: remedy.clone(), exit: *exit })
+    }
+
     fn refused(refused: Refused) -> Self {
         let message = refused.message.chars().filter(|c| !c.is_control()).take(1000).collect();
         Self::Refused { code: refused.code(), message }
