@@ -36,7 +36,8 @@ impl Machine {
             .args(["--mount", "--uts", "--ipc", "--net", "bash"])
             .arg(script)
             .arg(dir.path())
-            .stdin(Stdio::null())
+            // Held as long as the machine is wanted.
+            .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()?;
         let mut init = String::new();

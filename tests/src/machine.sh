@@ -2,7 +2,7 @@
 # A machine of its own for a test: systemd as process 1, on a throwaway overlay over this system's files, with
 # processes, network, host name and control groups of its own. Needs root.
 #
-# machine.sh DIR: prints the process id of its systemd as soon as there is one, and stays until that ends.
+# machine.sh DIR: prints the process id of its systemd as soon as there is one, and stays until that or standard input ends.
 set -euo pipefail
 
 if [ "$1" != --inside ]; then
@@ -15,12 +15,16 @@ if [ "$1" != --inside ]; then
     mount -t cgroup2 cgroup2 "$dir/cgroup"
     group="$dir/cgroup/adit-machine-$$"
     mkdir "$group"
+    exec 3<&0
     unshare --pid --fork --kill-child \
         bash -c 'echo $$ >"$2/cgroup.procs"; exec unshare --cgroup --mount bash "$0" --inside "$1"' \
-        "$0" "$dir/root" "$group" </dev/null >/dev/null &
+        "$0" "$dir/root" "$group" </dev/null >/dev/null 3<&- &
+    machine=$!
     # Its only child; without one, the command before it has said why.
-    while kill -0 $! 2>/dev/null && ! pgrep --parent $!; do sleep 0.01; done
-    wait $! 2>/dev/null || true
+    while kill -0 $machine 2>/dev/null && ! pgrep --parent $machine; do sleep 0.01; done
+    # Whoever holds the other end of standard input may be killed: then the machine ends, too.
+    { cat <&3; pkill --signal KILL --parent $machine; } >/dev/null &
+    wait $machine 2>/dev/null || true
     # What was killed leaves its control group a moment later.
     for _ in {1..100}; do
         find "$group" -depth -type d -exec rmdir {} + 2>/dev/null && break
