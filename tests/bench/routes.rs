@@ -113,7 +113,9 @@ impl Routes {
         run(&binaries.relay, &enrol)?;
         configure(
             "relay",
-            &format!("relay = \"{relay}\"\nudp = \"{of_relay}\"\ndiagnostics = \"{metrics}\"\n"),
+            &format!(
+                "relay = \"{relay}\"\nudp = \"{of_relay}\"\nhttps = \"\"\ndiagnostics = \"{metrics}\"\n"
+            ),
         )?;
         let relay_run = Rc::new(Program::start(dir, &binaries.relay, &["run", "--data", &data("relay")])?);
         accepts(relay)?;
