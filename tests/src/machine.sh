@@ -20,6 +20,8 @@ if [ "$1" != --inside ]; then
         bash -c 'echo $$ >"$2/cgroup.procs"; exec unshare --cgroup --mount bash "$0" --inside "$1"' \
         "$0" "$dir/root" "$group" </dev/null >/dev/null 3<&- &
     machine=$!
+    # What ends a test ends its whole group. This stays to put everything away.
+    trap '' TERM HUP INT
     # Its only child; without one, the command before it has said why.
     while kill -0 $machine 2>/dev/null && ! pgrep --parent $machine; do sleep 0.01; done
     # Whoever holds the other end of standard input may be killed: then the machine ends, too.

@@ -54,9 +54,9 @@ const MOST_IPV6: usize = 3;
 pub(super) struct Addresses {
     /// Those by which this machine is reached, with 127.0.0.1 only if that was asked for.
     pub(super) own: Vec<IpAddr>,
-    /// Those that are worth a try where nothing else works: of guests' interfaces, private ones of VPNs, link-local ones. Never
-    /// link-local IPv6 ones, which mean something only together with an interface. Where there is nothing else, they are among
-    /// `own`; a VPN's also where it has the only address of its version.
+    /// Those that are worth a try where nothing else works: of guests' interfaces, and private ones of VPNs. Where there is
+    /// nothing else, they and link-local IPv4 ones are among `own` (link-local IPv6 ones mean something only together with an
+    /// interface); a VPN's also where it has the only IPv4 address, without which nothing is tried by IPv4.
     pub(super) others: Vec<IpAddr>,
 }
 
@@ -77,15 +77,15 @@ fn choose<'a>(interfaces: impl Iterator<Item = (&'a str, IpAddr)>, loopback: boo
     let (plain, guests): (Vec<_>, Vec<_>) =
         interfaces.partition(|(name, ip)| !is_of(&GUESTS, name) && !is_link_local(*ip));
     let is_vpns = |name: &str, ip: IpAddr| is_of(&VPNS, name) && is_private(ip);
-    // Without an address of one version nothing of that version is tried.
-    let is_only = |ip: IpAddr| {
-        plain.iter().all(|(name, other)| other.is_ipv4() != ip.is_ipv4() || is_vpns(name, *other))
-    };
+    let has_ipv4 = plain.iter().any(|(name, ip)| ip.is_ipv4() && !is_vpns(name, *ip));
     let (own, vpns): (Vec<_>, Vec<_>) =
-        plain.iter().copied().partition(|(name, ip)| !is_vpns(name, *ip) || is_only(*ip));
+        plain.into_iter().partition(|(name, ip)| !is_vpns(name, *ip) || (ip.is_ipv4() && !has_ipv4));
     let others = vpns.into_iter().chain(guests);
-    let (own, others): (Vec<_>, Vec<_>) =
-        if own.is_empty() { (others.collect(), vec![]) } else { (own, others.collect()) };
+    let (own, others): (Vec<_>, Vec<_>) = if own.is_empty() {
+        (others.collect(), vec![])
+    } else {
+        (own, others.filter(|(_, ip)| !is_link_local(*ip)).collect())
+    };
     let ips = |listed: Vec<(&str, IpAddr)>| -> Vec<IpAddr> {
         let (v4, v6): (Vec<_>, Vec<_>) = listed.into_iter().map(|(_, ip)| ip).partition(IpAddr::is_ipv4);
         v4.into_iter().chain(v6.into_iter().take(MOST_IPV6)).collect()
@@ -126,11 +126,12 @@ mod tests {
         let others =
             choose(all.iter().map(|(name, ip)| (*name, ip.parse().expect("an address"))), false).others;
         let others: Vec<_> = others.iter().map(IpAddr::to_string).collect();
-        assert_eq!(others, [vpn.1, docker.1, hyper_v.1, link_local.1]);
+        assert_eq!(others, [vpn.1, docker.1, hyper_v.1]);
         assert_eq!(chosen(&[lo, docker, link_local], false), [docker.1, link_local.1]);
         assert_eq!(chosen(&[lo, docker, vpn], false), [vpn.1], "the only one of its version");
         let (vpn6, public6) = (("wg0", "fd01::7"), ("wg0", "2001:db8::7"));
-        assert_eq!(chosen(&[lan, vpn6], false), [lan.1, vpn6.1]);
+        assert_eq!(chosen(&[lan, vpn6], false), [lan.1]);
+        assert_eq!(chosen(&[vpn6, vpn], false), [vpn.1]);
         assert_eq!(chosen(&[lan, vpn6, ("eth0", "2001:db8::2")], false), [lan.1, "2001:db8::2"]);
         assert_eq!(chosen(&[lan, public6], false), [lan.1, public6.1], "it lets others in");
         assert_eq!(chosen(&[lo], false), Vec::<String>::new());

@@ -38,7 +38,7 @@ const LINGER: Duration = Duration::from_secs(30);
 /// How soon a new network is noticed that the system does not tell of. Listing the interfaces takes well below a millisecond.
 const INTERFACES: Duration = Duration::from_secs(5);
 /// After so many rounds in a row without a path, nothing works but perhaps what is left out before.
-const NOTHING_WORKS: usize = 2;
+const NOTHING_WORKS: u64 = 2;
 /// Authenticated connections of the peer that wait for the task.
 const ACCEPTED: usize = 4;
 
@@ -130,6 +130,7 @@ impl PathTask {
             hosts: vec![],
             others: vec![],
             failed: 0,
+            worked: 0,
             ask_router: None,
             router: None,
             tcp,
@@ -164,8 +165,10 @@ struct Driver {
     hosts: Vec<IpAddr>,
     /// Those that are offered beside, since nothing else works on this network.
     others: Vec<IpAddr>,
-    /// Rounds in a row that found no path, on this network.
-    failed: usize,
+    /// The last round that found no path.
+    failed: u64,
+    /// The last one that did, or that was on another network.
+    worked: u64,
     /// When the router in front is asked to let the peer in, unless there is a path.
     ask_router: Option<Instant>,
     /// What it says, once it was asked.
@@ -340,8 +343,11 @@ impl Driver {
                 self.push(DirectEvent::Failed { reason: format!("round {round} found no path"), retry });
                 self.tcp.lacking(Instant::now());
                 self.want_router();
-                self.failed += 1;
-                if self.failed == NOTHING_WORKS {
+                self.failed = round;
+                if self.stream.is_some() {
+                    self.worked = round;
+                }
+                if self.failed >= self.worked + NOTHING_WORKS && self.others.is_empty() {
                     self.list_interfaces();
                 }
             }
@@ -414,7 +420,7 @@ impl Driver {
         let closed = Box::pin(async move { watched.closed().await });
         let before = self.current.replace(Current { path, connection: connection.clone(), closed });
         self.lingering = before.map(|before| (Instant::now() + LINGER, before.connection));
-        self.failed = 0;
+        self.worked = confirmed.map_or(self.failed, |confirmed| confirmed.round);
         self.tcp.quic_came(Instant::now());
         self.tell(|agent, now| agent.path_in_use(now, path));
         self.push(DirectEvent::Connected { connection, local });
@@ -451,7 +457,7 @@ impl Driver {
         if let Some(before) = self.stream.replace(Stream { ended, leave }) {
             let _ = before.leave.send(());
         }
-        self.failed = 0;
+        self.worked = self.failed;
         self.tcp.connected(Instant::now(), is_near);
         self.push(DirectEvent::Stream { stream: Box::new(stream), local, remote, alive, left });
     }
@@ -487,7 +493,7 @@ impl Driver {
         let moves = *self.task.network.borrow_and_update();
         let moved = std::mem::replace(&mut self.moves, moves) != moves;
         if moved {
-            self.failed = 0;
+            self.worked = self.failed;
             self.others.clear();
         }
         self.list_interfaces();
@@ -508,12 +514,12 @@ impl Driver {
         };
         let before = std::mem::replace(&mut self.hosts, of_use(own));
         if before != self.hosts {
-            self.failed = 0;
+            self.worked = self.failed;
             self.others.clear();
             self.tcp.changed(Instant::now());
         }
         // Once: they come and go with containers, and each time would look like another network.
-        if self.failed >= NOTHING_WORKS && self.others.is_empty() {
+        if self.failed >= self.worked + NOTHING_WORKS && self.others.is_empty() {
             self.others = of_use(others);
         }
         let by_ipv4 = |hosts: &[IpAddr]| -> BTreeSet<IpAddr> {

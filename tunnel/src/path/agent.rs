@@ -792,14 +792,14 @@ impl PathAgent {
     fn heed(&mut self, now: Instant, before: &State) {
         let theirs = self.exchange.theirs();
         let asks = theirs.want_round && theirs.round == self.round_number;
-        let theirs_moves = theirs.moves;
+        let has_moved = theirs.moves != before.moves;
         let of_kind = |state: &State, kind| -> Vec<SocketAddr> {
             let of_kind = state.candidates.iter().filter(|candidate| candidate.kind == kind);
             of_kind.map(|candidate| candidate.address).collect()
         };
         let moved = of_kind(theirs, CandidateKind::Host) != of_kind(before, CandidateKind::Host);
         let mapped = of_kind(theirs, CandidateKind::Mapped);
-        let moved = self.are_news(&mapped) || moved || theirs_moves != before.moves;
+        let moved = self.are_news(&mapped) || moved;
         let jitter = self.random.u64();
         if let Some(schedule) = &mut self.schedule {
             if asks {
@@ -807,6 +807,8 @@ impl PathAgent {
             }
             if moved {
                 schedule.network_changed(now);
+            } else if has_moved {
+                schedule.peer_moved(now);
             }
         }
     }
@@ -857,7 +859,7 @@ impl PathAgent {
         for candidate in self.exchange.theirs().candidates.iter().copied().chain(seen) {
             // Each check of ours would take a port of our NAT, and the peer's own guesses would be wrong.
             let hopeless = candidate.kind == CandidateKind::Predicted && depends_on_destination;
-            let is_ours = self.hosts.contains(&candidate.address);
+            let is_ours = self.hosts.contains(&candidate.address) || self.mapped.contains(&candidate.address);
             // No NAT stands between IPv6 addresses: ordinary rounds are enough for them.
             let needless = round.own.is_some() && candidate.address.is_ipv6();
             let is_fit = !is_ours && !hopeless && !needless;

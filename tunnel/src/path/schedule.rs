@@ -134,9 +134,10 @@ impl Schedule {
         matches!(self.state, State::InUse { .. })
     }
 
-    /// The next round should be a careful one: every other one after a failure.
+    /// The next round should be a careful one: every other one after a failure. Not while a path is in use: it could not be
+    /// compared on another socket.
     pub(super) fn is_careful(&self) -> bool {
-        self.failures % 2 == 1
+        self.failures % 2 == 1 && !self.is_in_use()
     }
 
     /// A round found nothing, or what it found was no use. Means nothing while a path is in use.
@@ -192,14 +193,22 @@ impl Schedule {
 
     /// An end is on another network now: failures of the past mean nothing.
     pub(super) fn network_changed(&mut self, now: Instant) {
-        (self.failures, self.left, self.falls) = (0, 0, 0);
+        (self.left, self.falls) = (0, 0);
+        self.peer_moved(now);
+    }
+
+    /// The peer says that its way to others is another one now, at the same addresses. Such a way may come and go as a path
+    /// does: that is no reason to try sooner what was left or fell too often.
+    pub(super) fn peer_moved(&mut self, now: Instant) {
+        self.failures = 0;
+        let is_calm = self.left == 0 && self.falls <= FALLS;
         match &mut self.state {
-            State::Waiting { until } => *until = now.min(*until),
+            State::Waiting { until } if is_calm => *until = now.min(*until),
             State::InUse { look, .. } => {
                 let soon = self.looked.map_or(now, |looked| now.max(looked + LOOK_AGAIN));
                 self.looked = Some(*look.get_or_insert(soon));
             }
-            State::Running | State::Confirmed { .. } => {}
+            State::Waiting { .. } | State::Running | State::Confirmed { .. } => {}
         }
     }
 
@@ -327,6 +336,25 @@ mod tests {
     }
 
     #[test]
+    fn a_peer_that_moves_all_the_time_gets_no_more_tries() {
+        let mut now = Instant::now();
+        let mut schedule = Schedule::new(now);
+        let mut waits = Vec::new();
+        for _ in 0..6 {
+            schedule.started();
+            schedule.confirmed(now);
+            schedule.in_use(now);
+            now += GOOD_PATH;
+            schedule.lost(now, 0);
+            schedule.peer_moved(now);
+            let due = schedule.due().expect("another round");
+            waits.push((due - now).as_secs());
+            now = due;
+        }
+        assert_eq!(waits, [0, 0, 0, 15, 30, 60]);
+    }
+
+    #[test]
     fn another_network_another_try() {
         let start = Instant::now();
         let mut schedule = Schedule::new(start);
@@ -334,6 +362,21 @@ mod tests {
         assert_eq!(schedule.due(), Some(start + PATIENCE[11]));
         schedule.network_changed(start);
         assert_eq!(schedule.due(), Some(start));
+    }
+
+    #[test]
+    fn what_is_looked_for_while_a_path_is_in_use_is_compared_with_it() {
+        let start = Instant::now();
+        let mut schedule = Schedule::new(start);
+        schedule.started();
+        schedule.failed(start, 0);
+        assert!(schedule.is_careful());
+        schedule.started();
+        schedule.confirmed(start);
+        schedule.in_use(start);
+        schedule.look_later(start);
+        assert_eq!(schedule.poll(start + LOOK_LATER), Some(Due::Round));
+        assert!(!schedule.is_careful(), "another socket");
     }
 
     #[test]

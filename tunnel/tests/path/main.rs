@@ -160,6 +160,24 @@ fn a_path_is_not_left_for_a_long_way_round() {
     }
 }
 
+/// Routers may be joined by a VPN.
+#[test]
+fn a_slow_path_between_private_addresses_is_looked_at_once() {
+    let mut world = World::on_one_network(Kind::PortRestricted, 1);
+    world.internet = Link::good(millis(30));
+    world.run_while_not(seconds(20), World::is_direct).expect("a direct path");
+    let before = world.agent.datagrams;
+    world.run_for(millis(2_900));
+    assert_eq!(world.agent.datagrams, before);
+    world.run_for(seconds(1));
+    let looked = world.agent.datagrams;
+    assert!(looked > before);
+    world.run_for(seconds(120));
+    assert!(
+        world.is_direct() && world.technician.confirmed.len() == 1 && world.agent.datagrams < looked + 100
+    );
+}
+
 #[test]
 fn ipv6_at_one_end_changes_nothing() {
     for (index, technician, agent) in
