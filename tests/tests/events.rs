@@ -248,8 +248,9 @@ impl Through {
         let start = world.lab.technician.traffic()?;
         let ticking = tick(&technician, ticks).await?;
         let seed: u32 = rand::random();
-        let transfer =
-            tokio::spawn(async move { download(&technician, transfers, seed.into(), BYTES, TRANSFER).await });
+        let transfer = tokio::spawn(async move {
+            download(&technician, transfers, seed.into(), BYTES, TRANSFER + mark).await
+        });
         poll(TRANSFER, "the transfer to be under way", async || {
             let now = world.lab.technician.traffic().ok()?;
             (now.relayed + now.direct - start.relayed - start.direct > EVENT_AT).then_some(())
