@@ -273,6 +273,10 @@ impl Run {
             tiers.find_map(|event| event["since_start_ms"].as_u64().filter(|_| event["tier"] == "direct"))
         });
         let direct = direct.await.ok().map(Duration::from_millis);
+        if direct.is_none() && expected != Expected::Relay {
+            // With a log there is more than warnings.
+            forward.error_lines().iter().for_each(|line| eprintln!("lab: {agent}, {data}: {line}"));
+        }
         forward.interrupt()?;
         forward.finish(PATIENCE).await?;
         Ok(Self { first_byte, direct })

@@ -212,8 +212,8 @@ pub(super) fn bind_ipv4(ports: RangeInclusive<u16>) -> Result<std::net::UdpSocke
     })
 }
 
-/// The range overlaps the systems' ephemeral ports: some may be taken.
-/// Binds a free port of the range, beginning with a random one.
+/// Binds a free port of the range, beginning with a random one. The range overlaps the systems' ephemeral ports: some may be
+/// taken. Random each time, so that one that a router still knows by an old mapping says nothing of the next.
 pub(super) fn bind_one_of<S>(
     ports: RangeInclusive<u16>,
     bind: impl Fn(u16) -> io::Result<S>,

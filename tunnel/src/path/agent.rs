@@ -22,11 +22,11 @@ use super::stun::{self, TransactionId};
 
 /// How long a round goes on without success, at each end. The exchange of candidates is part of it.
 const ROUND: Duration = Duration::from_secs(5);
-/// How long an ordinary round goes on in which each end knows all of the other, and nothing of the peer has come in: at least
-/// this time, and so many times as long as it took until they knew. A careful one is the better bet then.
+/// How long a round goes on in which each end knows all of the other, and nothing of the peer has come in: at least this time, and
+/// so many times as long as it took until they knew. Another one is the better bet then: it has other ports.
 const HOPELESS: Duration = Duration::from_millis(600);
 const HOPELESS_TIMES: u32 = 4;
-/// The same where the careful one can try many sockets: what works without them has worked by then.
+/// The same for an ordinary one where the careful one can try many sockets: what works without them has worked by then.
 const BEFORE_PROBING: Duration = Duration::from_millis(300);
 /// A peer that says nothing for so long did not run, or had no way to say it: each round brings messages.
 const AWAY: Duration = Duration::from_secs(90);
@@ -708,10 +708,15 @@ impl PathAgent {
 
     /// When a round ends that finds nothing.
     fn round_ends(&self, round: &Round) -> Instant {
-        let hopeless = self.role == IceRole::Controlling && round.own.is_none() && !round.is_alive();
-        let early = round.settled.filter(|_| hopeless).map(|settled| {
+        let may_be_hopeless = self.role == IceRole::Controlling && !round.is_alive();
+        let early = round.settled.filter(|_| may_be_hopeless).and_then(|settled| {
             let patience = HOPELESS.max((settled - round.began) * HOPELESS_TIMES);
-            settled + if self.could_probe() { BEFORE_PROBING } else { patience }
+            match (self.could_probe(), &round.own) {
+                (false, _) => Some(settled + patience),
+                (true, None) => Some(settled + BEFORE_PROBING),
+                // Probing takes as long as it takes.
+                (true, Some(_)) => None,
+            }
         });
         early.map_or(round.ends, |early| early.min(round.ends))
     }
@@ -757,6 +762,10 @@ impl PathAgent {
         self.gatherer.stop();
         self.prober.stop();
         let found = self.round.take().and_then(|round| round.confirmed);
+        if found.is_none() {
+            let (ours, theirs) = (self.mapping, self.exchange.theirs().mapping);
+            tracing::debug!(round = self.round_number, ?ours, ?theirs, "no direct path in this round");
+        }
         // The peer has not come on it by now: it does not know of it, or has given it up.
         if self.role == IceRole::Controlled && self.confirmed.take().is_some() && self.in_use.is_none() {
             self.want_round = true;

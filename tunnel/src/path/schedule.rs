@@ -2,13 +2,16 @@
 
 use std::time::{Duration, Instant};
 
-/// How long to wait after one failure, two, and so on. Someone on the relay whose firewall opens moves
-/// up within some 15 s in the first minutes; later a minute is the price of leaving a hopeless network
-/// alone. Rounds last up to 5 s themselves.
-const PATIENCE: [Duration; 12] = [
+/// How long to wait after one try that failed, two, and so on. A try is an ordinary round and a careful one right after it, each of
+/// which lasts 0.6 to 5 s. The first few come soon, for what chance spoiled: a router that still knew a port of ours by an old
+/// mapping, for example. Someone on the relay whose firewall opens moves up within some 15 s in the first minutes; later a
+/// minute is the price of leaving a hopeless network alone.
+const PATIENCE: [Duration; 14] = [
     Duration::ZERO,
-    Duration::from_secs(2),
-    Duration::from_secs(5),
+    Duration::from_secs(1),
+    Duration::from_secs(3),
+    Duration::from_secs(8),
+    Duration::from_secs(8),
     Duration::from_secs(8),
     Duration::from_secs(8),
     Duration::from_secs(8),
@@ -48,7 +51,10 @@ const UNUSED: Duration = Duration::from_secs(15);
 /// When rounds start.
 pub(super) struct Schedule {
     state: State,
+    /// How many tries have failed since one was good, or the network changed.
     failures: usize,
+    /// The ordinary round of this try has failed.
+    careful: bool,
     /// How often a path was left for a better way.
     left: usize,
     /// How often a path was lost after it was in use, since one was steady.
@@ -84,7 +90,14 @@ pub(super) enum Due {
 impl Schedule {
     /// The first round starts at once.
     pub(super) fn new(now: Instant) -> Self {
-        Self { state: State::Waiting { until: now }, failures: 0, left: 0, falls: 0, looked: None }
+        Self {
+            state: State::Waiting { until: now },
+            failures: 0,
+            careful: false,
+            left: 0,
+            falls: 0,
+            looked: None,
+        }
     }
 
     /// When [`Self::poll`] has something to say.
@@ -134,19 +147,18 @@ impl Schedule {
         matches!(self.state, State::InUse { .. })
     }
 
-    /// The next round should be a careful one: every other one after a failure. Not while a path is in use: it could not be
-    /// compared on another socket.
+    /// The next round should be a careful one: it may find what the ordinary one could not. Not while a path is in use: it could
+    /// not be compared on another socket.
     pub(super) fn is_careful(&self) -> bool {
-        self.failures % 2 == 1 && !self.is_in_use()
+        self.careful && !self.is_in_use()
     }
 
     /// A round found nothing, or what it found was no use. Means nothing while a path is in use.
     pub(super) fn failed(&mut self, now: Instant, jitter: u64) {
         match self.state {
             State::InUse { .. } => {}
-            // A careful one may find what an ordinary one could not.
-            State::Running if self.failures == 0 => {
-                self.failures = 1;
+            State::Running if !self.careful => {
+                self.careful = true;
                 self.state = State::Waiting { until: now };
             }
             _ => self.fail(now, jitter),
@@ -160,8 +172,12 @@ impl Schedule {
             State::InUse { since, .. } => {
                 let lasted = now.saturating_duration_since(since);
                 self.falls = if lasted >= STEADY_PATH { 1 } else { self.falls + 1 };
-                self.failures = if lasted >= GOOD_PATH { 0 } else { self.failures + 1 };
-                self.wait(now, jitter);
+                if lasted >= GOOD_PATH {
+                    self.begin_anew();
+                    self.state = State::Waiting { until: now };
+                } else {
+                    self.fail(now, jitter);
+                }
                 if let (Some(more), State::Waiting { until }) =
                     (self.falls.checked_sub(FALLS + 1), &mut self.state)
                 {
@@ -176,7 +192,7 @@ impl Schedule {
 
     /// The path worked, and another way is better.
     pub(super) fn poor(&mut self, now: Instant, jitter: u64) {
-        self.failures = 0;
+        self.begin_anew();
         let patience = POOR_PATIENCE[self.left.min(POOR_PATIENCE.len() - 1)];
         self.left += 1;
         self.state = State::Waiting { until: later(now, patience, jitter) };
@@ -184,8 +200,10 @@ impl Schedule {
 
     /// The peer was away: rounds without it say nothing.
     pub(super) fn peer_is_back(&mut self, now: Instant) {
-        if std::mem::take(&mut self.failures) > 0
-            && let State::Waiting { until } = &mut self.state
+        let has_failed = self.failures > 0 || self.careful;
+        self.begin_anew();
+        if let State::Waiting { until } = &mut self.state
+            && has_failed
         {
             *until = now.min(*until);
         }
@@ -194,13 +212,17 @@ impl Schedule {
     /// An end is on another network now: failures of the past mean nothing.
     pub(super) fn network_changed(&mut self, now: Instant) {
         (self.left, self.falls) = (0, 0);
-        self.peer_moved(now);
+        self.look_anew(now);
     }
 
     /// The peer says that its way to others is another one now, at the same addresses. Such a way may come and go as a path
     /// does: that is no reason to try sooner what was left or fell too often.
     pub(super) fn peer_moved(&mut self, now: Instant) {
-        self.failures = 0;
+        self.look_anew(now);
+    }
+
+    fn look_anew(&mut self, now: Instant) {
+        self.begin_anew();
         let is_calm = self.left == 0 && self.falls <= FALLS;
         match &mut self.state {
             State::Waiting { until } if is_calm => *until = now.min(*until),
@@ -212,12 +234,14 @@ impl Schedule {
         }
     }
 
-    fn fail(&mut self, now: Instant, jitter: u64) {
-        self.failures += 1;
-        self.wait(now, jitter);
+    /// What failed so far says nothing any more.
+    fn begin_anew(&mut self) {
+        (self.failures, self.careful) = (0, false);
     }
 
-    fn wait(&mut self, now: Instant, jitter: u64) {
+    fn fail(&mut self, now: Instant, jitter: u64) {
+        self.failures += 1;
+        self.careful = false;
         let patience = PATIENCE[self.failures.min(PATIENCE.len() - 1)];
         self.state = State::Waiting { until: later(now, patience, jitter) };
     }
@@ -232,6 +256,13 @@ mod tests {
     use super::*;
 
     const ROUND: Duration = Duration::from_secs(5);
+
+    /// The round finds a path, which comes into use.
+    fn comes_up(schedule: &mut Schedule, now: Instant) {
+        schedule.started();
+        schedule.confirmed(now);
+        schedule.in_use(now);
+    }
 
     #[test]
     fn from_one_start_of_a_failing_round_to_the_next() {
@@ -253,14 +284,33 @@ mod tests {
     }
 
     #[test]
+    fn a_try_is_an_ordinary_round_and_a_careful_one() {
+        let mut now = Instant::now();
+        let mut schedule = Schedule::new(now);
+        let mut rounds = Vec::new();
+        for _ in 0..6 {
+            let due = schedule.due().expect("another round");
+            rounds.push(((due - now).as_secs(), schedule.is_careful()));
+            schedule.started();
+            schedule.failed(due, 0);
+            now = due;
+        }
+        assert_eq!(rounds, [(0, false), (0, true), (1, false), (0, true), (3, false), (0, true)]);
+        schedule.started();
+        schedule.failed(now, 0);
+        assert!(schedule.is_careful());
+        schedule.network_changed(now);
+        assert_eq!(schedule.due(), Some(now));
+        assert!(!schedule.is_careful(), "the network is another one");
+    }
+
+    #[test]
     fn the_loss_of_a_good_path_is_answered_at_once() {
         let start = Instant::now();
         let mut schedule = Schedule::new(start);
         schedule.failed(start, 0);
         schedule.failed(start, 0);
-        schedule.started();
-        schedule.confirmed(start);
-        schedule.in_use(start);
+        comes_up(&mut schedule, start);
         let end = start + GOOD_PATH;
         schedule.lost(end, 9);
         assert_eq!(schedule.poll(end), Some(Due::Round));
@@ -272,16 +322,14 @@ mod tests {
         let mut schedule = Schedule::new(now);
         let mut waits = Vec::new();
         for _ in 0..12 {
-            schedule.started();
-            schedule.confirmed(now);
-            schedule.in_use(now);
+            comes_up(&mut schedule, now);
             now += Duration::from_secs(3);
             schedule.lost(now, 0);
             let due = schedule.due().expect("another round");
             waits.push((due - now).as_secs());
             now = due;
         }
-        assert_eq!(waits, [2, 5, 8, 15, 30, 60, 60, 60, 60, 60, 60, 60]);
+        assert_eq!(waits, [1, 3, 8, 15, 30, 60, 60, 60, 60, 60, 60, 60]);
     }
 
     #[test]
@@ -289,9 +337,7 @@ mod tests {
         let mut now = Instant::now();
         let mut schedule = Schedule::new(now);
         let mut fall = |lasts: Duration| {
-            schedule.started();
-            schedule.confirmed(now);
-            schedule.in_use(now);
+            comes_up(&mut schedule, now);
             now += lasts;
             schedule.lost(now, 0);
             let due = schedule.due().expect("another round");
@@ -322,9 +368,7 @@ mod tests {
         let mut schedule = Schedule::new(now);
         let mut waits = Vec::new();
         for _ in 0..6 {
-            schedule.started();
-            schedule.confirmed(now);
-            schedule.in_use(now);
+            comes_up(&mut schedule, now);
             // Although it lasted.
             now += GOOD_PATH * 2;
             schedule.poor(now, 0);
@@ -341,9 +385,7 @@ mod tests {
         let mut schedule = Schedule::new(now);
         let mut waits = Vec::new();
         for _ in 0..6 {
-            schedule.started();
-            schedule.confirmed(now);
-            schedule.in_use(now);
+            comes_up(&mut schedule, now);
             now += GOOD_PATH;
             schedule.lost(now, 0);
             schedule.peer_moved(now);
@@ -359,7 +401,7 @@ mod tests {
         let start = Instant::now();
         let mut schedule = Schedule::new(start);
         (0..20).for_each(|_| schedule.failed(start, 0));
-        assert_eq!(schedule.due(), Some(start + PATIENCE[11]));
+        assert_eq!(schedule.due(), Some(start + PATIENCE[PATIENCE.len() - 1]));
         schedule.network_changed(start);
         assert_eq!(schedule.due(), Some(start));
     }
@@ -371,9 +413,7 @@ mod tests {
         schedule.started();
         schedule.failed(start, 0);
         assert!(schedule.is_careful());
-        schedule.started();
-        schedule.confirmed(start);
-        schedule.in_use(start);
+        comes_up(&mut schedule, start);
         schedule.look_later(start);
         assert_eq!(schedule.poll(start + LOOK_LATER), Some(Due::Round));
         assert!(!schedule.is_careful(), "another socket");
