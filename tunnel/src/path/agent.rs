@@ -376,6 +376,7 @@ impl PathAgent {
             schedule.peer_is_back(now);
         }
         if let Some(before) = self.exchange.receive(now, message) {
+            tracing::trace!(theirs = ?self.exchange.theirs(), "candidates");
             match self.role {
                 IceRole::Controlling => self.heed(now, &before),
                 IceRole::Controlled => self.follow(now),
@@ -573,6 +574,7 @@ impl PathAgent {
         let Some(round) = self.round.as_mut().filter(|round| round.settled.is_none()) else { return };
         if peer_is_in && is_gathered {
             round.settled = Some(now);
+            tracing::trace!(round = self.round_number, "each end knows all of the other");
             round.checklist.release(now);
         }
     }
@@ -629,6 +631,7 @@ impl PathAgent {
                 let Some(id) = self.request_id(now) else { return };
                 if let Some(check) = self.round.as_mut().and_then(|round| round.checklist.send(now, id)) {
                     let hops = check.opener.then_some(OPENER_HOPS);
+                    tracing::trace!(path = %check.path, check.opener, check.full_size, "check");
                     self.transmit(check.path, hops, self.codec.request(id, check.full_size));
                 }
             }
@@ -940,6 +943,7 @@ impl PathAgent {
         if let Some(mapped) = mapped_address(datagram).filter(|mapped| may_check(*mapped, &self.hosts)) {
             let is_new = gatherer.answered(path.remote, mapped);
             let mapping = gatherer.mapping();
+            tracing::trace!(server = %path.remote, %mapped, ?mapping, "server-reflexive");
             if mapping != Mapping::Unknown {
                 self.mapping = mapping;
             }

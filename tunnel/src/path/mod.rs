@@ -25,9 +25,10 @@
 //! one of that size back, and a path that carried both is [`Event::Confirmed`]. So an address is
 //! confirmed only when datagrams of QUIC's smallest size have passed in both directions.
 //!
-//! Every other round after a failure is a **careful** one: with a socket of its own at each end, which no router knows of yet,
-//! and openers first (`checklist`). It finds a way past routers that answer what comes too early, and past whatever an earlier
-//! round has left behind in a NAT. Where one end's NAT takes random ports and the other's does not, the ends **probe** (`probing`).
+//! The round after an ordinary one that failed is a **careful** one: with a socket of its own at each end, which no router knows
+//! of yet, and openers first (`checklist`). It finds a way past routers that answer what comes too early, and past whatever an
+//! earlier round has left behind in a NAT. Where one end's NAT takes random ports and the other's does not, the ends **probe**
+//! (`probing`).
 
 mod agent;
 mod budget;
